@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real and synthetic images: datasets, unlabelled sources, augmentation and the image pool.
+
+Images are uint8 or, in [0, 1], float32 tensors [n, c, h, w]; normalisation belongs to the network
+(`python_models.networks.Classifier`).
+"""
+
+from python_models.data.augment import RandomCropFlip
+from python_models.data.images import to_float, to_uint8
+from python_models.data.pool import ImagePool
+
+__all__ = ["ImagePool", "RandomCropFlip", "to_float", "to_uint8"]
