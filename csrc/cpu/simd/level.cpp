@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "level.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace kdci {
+namespace {
+
+SimdLevel supported_level() {
+#if defined(KDCI_SIMD_X86)
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    return SimdLevel::avx512;
+  }
+  if (__builtin_cpu_supports("x86-64-v3")) {
+    return SimdLevel::avx2;
+  }
+#endif
+  return SimdLevel::baseline;
+}
+
+SimdLevel chosen_level() {
+  const SimdLevel supported = supported_level();
+  const char* wanted = std::getenv("KDCI_SIMD");
+  if (wanted == nullptr) {
+    return supported;
+  }
+  for (SimdLevel level : {SimdLevel::baseline, SimdLevel::avx2}) {
+    if (std::strcmp(wanted, simd_level_name(level)) == 0) {
+      return level < supported ? level : supported;
+    }
+  }
+  return supported;
+}
+
+} // namespace
+
+SimdLevel simd_level() {
+  static const SimdLevel level = chosen_level();
+  return level;
+}
+
+const char* simd_level_name(SimdLevel level) {
+  switch (level) {
+    case SimdLevel::avx512:
+      return "avx512";
+    case SimdLevel::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+} // namespace kdci

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which SIMD instruction set the CPU kernels run with. Each file in this
+// folder that defines kernels is compiled once for every level, in a namespace
+// of the level's name, and one of the copies is picked when the library loads.
+#pragma once
+
+#if defined(__x86_64__)
+#define KDCI_SIMD_X86 1
+#endif
+
+namespace kdci {
+
+enum class SimdLevel { baseline, avx2, avx512 };
+
+/// The best level this processor has; the environment variable
+/// KDCI_SIMD=baseline|avx2|avx512, read once, lowers it (for tests).
+SimdLevel simd_level();
+
+/// The level's name, for people.
+const char* simd_level_name(SimdLevel level);
+
+} // namespace kdci
+
+// Declares the table `name` of every level and a function `name()` that
+// returns the one to use.
+#if defined(KDCI_SIMD_X86)
+#define KDCI_DECLARE_PER_LEVEL(Table, name) \
+  namespace baseline {                      \
+  extern const Table name;                  \
+  }                                         \
+  namespace avx2 {                          \
+  extern const Table name;                  \
+  }                                         \
+  namespace avx512 {                        \
+  extern const Table name;                  \
+  }                                         \
+  static inline const Table& name() {       \
+    switch (simd_level()) {                 \
+      case SimdLevel::avx512:               \
+        return avx512::name;                \
+      case SimdLevel::avx2:                 \
+        return avx2::name;                  \
+      default:                              \
+        return baseline::name;              \
+    }                                       \
+  }
+#else
+#define KDCI_DECLARE_PER_LEVEL(Table, name) \
+  namespace baseline {                      \
+  extern const Table name;                  \
+  }                                         \
+  static inline const Table& name() {       \
+    return baseline::name;                  \
+  }
+#endif

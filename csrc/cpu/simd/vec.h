@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// GCC vector types of the width that the file is being compiled for. To be
+// included only by files compiled per SIMD level (see level.h), inside no
+// namespace; everything here lives in the level's own namespace, so that no
+// copy of a function compiled for one level can serve another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if !defined(KDCI_SIMD)
+#error "compile with -DKDCI_SIMD=baseline|avx2|avx512"
+#endif
+
+namespace kdci::KDCI_SIMD {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+template <typename T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  // The same vector at any address.
+  typedef T unaligned __attribute__((
+      vector_size(vector_bytes),
+      aligned(alignof(T)),
+      may_alias));
+};
+
+/// A register of `lanes<T>` values; supports + - * / and comparisons.
+template <typename T>
+using Vec = typename VecOf<T>::type;
+
+template <typename T>
+constexpr int64_t lanes = vector_bytes / static_cast<int64_t>(sizeof(T));
+
+template <typename T>
+inline Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(from);
+}
+
+template <typename T>
+inline void store(T* to, Vec<T> value) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(to) = value;
+}
+
+template <typename T>
+inline Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
+} // namespace kdci::KDCI_SIMD

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data-free knowledge distillation with KDCI, native and differentiable.
+
+KDCI ("De-confounded Data-free Knowledge Distillation for Handling Distribution Shifts", CVPR 2024)
+clusters a teacher's predictions into a *confounder dictionary* and adds an attention-weighted
+prior from it to the student's logits during distillation:
+
+>>> import torch, kdci_ext
+>>> kdci = kdci_ext.KDCI(num_classes=10, num_prototypes=8)
+>>> _ = kdci.update(torch.randn(256, 10))
+>>> loss = kdci.loss(torch.randn(32, 10), torch.randn(32, 10), temperature=20.0)
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from kdci_ext import _ops as _ops  # registers the operators' fake kernels and autograd
+from kdci_ext import functional, reference
+from kdci_ext._load import build_info
+from kdci_ext.dictionary import ConfounderDictionary
+from kdci_ext.functional import confounder_dictionary as build_confounder_dictionary
+from kdci_ext.modules import KDCI, PriorCompensation
+
+__all__ = [
+    "KDCI",
+    "ConfounderDictionary",
+    "PriorCompensation",
+    "build_confounder_dictionary",
+    "build_info",
+    "functional",
+    "reference",
+]
+
+try:
+    __version__ = version("kdci_ext")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "0+unknown"

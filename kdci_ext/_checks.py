@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of users' arguments; each message names the argument, what was expected and got."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, value: object, shape: tuple[str, ...]) -> Tensor:
+    """Check for a floating tensor with the number of dimensions that ``shape`` names."""
+    text = f"[{', '.join(shape)}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {text}, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}: "
+            f"convert it with {name}.float()"
+        )
+    if value.dim() != len(shape):
+        raise ValueError(f"{name} must have shape {text}, got {list(value.shape)}")
+    return value
+
+
+def size(name: str, value: Tensor, dim: int, expected: int, of: str) -> None:
+    """Check one dimension against another tensor's."""
+    if value.shape[dim] != expected:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, but dimension {dim} must be {expected}, "
+            f"the {of}"
+        )
+
+
+def not_empty(name: str, value: Tensor) -> None:
+    """Check that no dimension is 0."""
+    for dim in range(value.dim()):
+        if value.shape[dim] == 0:
+            raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
+
+
+def same_device(tensors: dict[str, Tensor]) -> None:
+    """Check that all tensors are on the device of the first."""
+    first, *others = tensors
+    device = tensors[first].device
+    for name in others:
+        if tensors[name].device != device:
+            raise ValueError(
+                f"{name} is on {tensors[name].device}, but {first} is on {device}: "
+                f"move one of them with .to({str(device)!r})"
+            )
+
+
+def positive_int(name: str, value: object) -> int:
+    """Check for an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return value  # type: ignore[return-value]  # a SymInt serves as an int under torch.compile
+
+
+def finite_float(name: str, value: object, *, above: float | None = None) -> float:
+    """Check for a finite number, greater than ``above`` where that is given."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value) or (above is not None and value <= above):
+        condition = "finite" if above is None else f"finite and > {above:g}"
+        raise ValueError(f"{name}={value} must be {condition}")
+    return float(value)
+
+
+def choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """Check for one of a few words."""
+    known = list(choices)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}{hint}")
+    return str(value)

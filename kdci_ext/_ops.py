@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python side of the operators: fake kernels and autograd.
+
+LibTorch's stable ABI has no C++ autograd, so the formulas are registered here; the arithmetic is
+in operators of its own, ``compensate_backward`` and ``compensated_kd_loss``, which computes its
+gradients together with the loss. The operators take mixed floating types, compute in float32 or
+better and return the type of the logits, which is what autocast would have to arrange: under
+autocast they are simply called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdci_ext import _load
+from kdci_ext.reference import accumulate_dtype
+
+Grads = tuple[Tensor | None, ...]
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _fake_confounder_dictionary(
+    features: Tensor,
+    uniforms: Tensor,
+    initial_prototypes: Tensor | None,
+    num_components: int,
+    max_iter: int,
+    tol: float,
+) -> tuple[Tensor, ...]:
+    num_prototypes = uniforms.shape[0]
+    dtype = accumulate_dtype(features)
+    return (
+        features.new_empty((num_prototypes, features.shape[1]), dtype=dtype),
+        features.new_empty(num_prototypes, dtype=dtype),
+        features.new_empty(features.shape[0], dtype=torch.int64),
+        features.new_empty((), dtype=torch.float64),
+        features.new_empty((), dtype=torch.int64),
+    )
+
+
+def _fake_compensate(
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    posterior: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(logits, prototypes, proportions, w_query, w_key, w_score)
+    batch, num_prototypes, hidden = logits.shape[0], prototypes.shape[0], w_query.shape[0]
+    return (
+        logits.new_empty(logits.shape),
+        logits.new_empty((batch, num_prototypes), dtype=dtype),
+        logits.new_empty((batch, hidden), dtype=dtype),
+        logits.new_empty((num_prototypes, hidden), dtype=dtype),
+    )
+
+
+def _fake_compensate_backward(
+    grad: Tensor,
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    posterior: bool,
+    scale: float,
+    dictionary_grad: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_grads(
+        logits, prototypes, proportions, w_query, w_key, w_score, True, dictionary_grad
+    )
+
+
+def _fake_compensated_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    temperature: float,
+    posterior: bool,
+    scale: float,
+    need_grad: bool,
+    dictionary_grad: bool,
+) -> tuple[Tensor, ...]:
+    dtype = accumulate_dtype(student, teacher, prototypes, proportions, w_query, w_key, w_score)
+    grads = _fake_grads(
+        student, prototypes, proportions, w_query, w_key, w_score, need_grad, dictionary_grad
+    )
+    return (student.new_empty((), dtype=dtype), *grads)
+
+
+def _fake_grads(
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    need_grad: bool,
+    dictionary_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients in the order of the inputs; those not asked for are of shape [0]."""
+
+    def grad_of(value: Tensor, wanted: bool) -> Tensor:
+        return value.new_empty(value.shape) if wanted else _empty(value)
+
+    return (
+        grad_of(logits, need_grad),
+        grad_of(prototypes, need_grad and dictionary_grad),
+        grad_of(proportions, need_grad and dictionary_grad),
+        grad_of(w_query, need_grad),
+        grad_of(w_key, need_grad),
+        grad_of(w_score, need_grad),
+    )
+
+
+def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Gradients that nobody asked for stay None, so that the formulas below can tell.
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.posterior, ctx.scale = inputs
+    ctx.dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _compensate_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Grads:
+    if any(other is not None for other in others):
+        raise RuntimeError(
+            "kdci_ext::compensate: only `compensated` is differentiable; weights, query and key "
+            "are not: use backend='reference' for their gradients"
+        )
+    if grad is None:
+        return (None,) * 8
+    grads = torch.ops.kdci_ext.compensate_backward(
+        grad, *ctx.saved_tensors, ctx.posterior, ctx.scale, ctx.dictionary_grad
+    )
+    return (*_without_dictionary(grads, ctx.dictionary_grad), None, None)
+
+
+def _without_dictionary(grads: tuple[Tensor, ...], dictionary_grad: bool) -> Grads:
+    """Replace the empty gradients of prototypes and proportions by None."""
+    return grads if dictionary_grad else (grads[0], None, None, *grads[3:])
+
+
+def _kd_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.need_grad, ctx.dictionary_grad = inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _kd_loss_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Grads:
+    if any(other is not None for other in others):
+        raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
+    if grad is None:
+        return (None,) * 12
+    if not ctx.need_grad:
+        raise RuntimeError(
+            "kdci_ext::compensated_kd_loss was called with need_grad=False and kept no gradients"
+        )
+    grads = tuple(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+    student, *rest = _without_dictionary(grads, ctx.dictionary_grad)
+    return (student, None, *rest, None, None, None, None, None)
+
+
+_NO_DOUBLE_BACKWARD = (
+    "kdci_ext::{} has no second derivative: use backend='reference' for double backward"
+)
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> Grads:
+    raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensate"))
+
+
+if _load.native_available():
+    _register_fake = torch.library.register_fake
+    _register_fake("kdci_ext::confounder_dictionary", _fake_confounder_dictionary)
+    _register_fake("kdci_ext::compensate", _fake_compensate)
+    _register_fake("kdci_ext::compensate_backward", _fake_compensate_backward)
+    _register_fake("kdci_ext::compensated_kd_loss", _fake_compensated_kd_loss)
+    torch.library.register_autograd(
+        "kdci_ext::compensate", _compensate_backward, setup_context=_compensate_context
+    )
+    torch.library.register_autograd(
+        "kdci_ext::compensate_backward", _no_double_backward, setup_context=_no_context
+    )
+    torch.library.register_autograd(
+        "kdci_ext::compensated_kd_loss", _kd_loss_backward, setup_context=_kd_loss_context
+    )

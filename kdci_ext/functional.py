@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed functions: they check their arguments, draw random numbers and call an operator.
+
+Each takes ``backend``: ``"native"`` is the C++/CUDA operator, ``"reference"`` the plain PyTorch of
+:mod:`kdci_ext.reference`, and ``"auto"`` the native one where it exists, else the reference with
+one warning that says why.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kdci_ext import _checks, _load, reference
+from kdci_ext.dictionary import ConfounderDictionary
+
+__all__ = ["Backend", "Weighting", "compensate", "compensated_kd_loss", "confounder_dictionary"]
+
+Backend = Literal["auto", "native", "reference"]
+Weighting = Literal["paper", "posterior"]
+Seeding = Literal["greedy", "plain"]
+
+_warned_devices: set[str] = set()
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    """Say why there is no native kernel for ``device``, or None where there is one."""
+    if not _load.native_available():
+        return f"the native library is not loaded ({_load.load_error})"
+    if device.type == "cpu" or (device.type == "cuda" and _load.build_info()["cuda"]):
+        return None
+    if device.type == "cuda":
+        return "the native library was built without CUDA (no nvcc was found)"
+    return f"there are no native kernels for {device.type} tensors"
+
+
+def _use_native(backend: str, device: torch.device) -> bool:
+    _checks.choice("backend", backend, ("auto", "native", "reference"))
+    if backend == "reference":
+        return False
+    reason = _why_not_native(device)
+    if reason is None:
+        return True
+    if backend == "native":
+        raise RuntimeError(f"backend='native' cannot be used: {reason}")
+    if device.type not in _warned_devices:
+        _warned_devices.add(device.type)
+        warnings.warn(
+            f"kdci_ext falls back to plain PyTorch for {device.type} tensors: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return False
+
+
+def confounder_dictionary(
+    features: Tensor,
+    num_prototypes: int,
+    pca_components: int | Literal["auto"] = "auto",
+    *,
+    generator: torch.Generator | None = None,
+    init: Seeding = "greedy",
+    initial_prototypes: Tensor | None = None,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    check_finite: bool | None = None,
+    backend: Backend = "auto",
+) -> ConfounderDictionary:
+    r"""Cluster a model's predictions into prototypes and proportions (KDCI, section 3.3).
+
+    The rows are centred, projected on their leading principal directions, seeded by k-means++ and
+    clustered by Lloyd's iterations. The projection serves the assignment alone: prototype
+    :math:`z_i` is the mean of the *original* rows of cluster i, and :math:`P(z_i) = n_i / n`.
+    The same seed gives bitwise the same result on one device, for any number of threads.
+
+    Args:
+        features: Predictions (teacher logits) M, [n, d], float32, float64, bfloat16 or float16.
+        num_prototypes: K, 1 <= K <= n (the paper's N: 8, 32 or 128).
+        pca_components: q, 1 <= q <= d; ``"auto"`` takes min(d, K - 1), the dimension of the space
+            that K centres span, and at least 1. With q = d no projection is made: it would be a
+            rotation.
+        generator: Source of the k-means++ draws; by default PyTorch's for the device.
+        init: ``"greedy"`` draws 2 + ln K candidates for each centre and keeps the best, as
+            scikit-learn does; ``"plain"`` draws one.
+        initial_prototypes: Start from these [K, d] instead of k-means++.
+        max_iter: Lloyd iterations at most.
+        tol: Stop once the squared shift of all centres is at most ``tol`` times the mean variance
+            of the clustered columns; 0 iterates until no label changes.
+        check_finite: Raise on NaN or Inf in ``features``. By default on for CPU tensors, where it
+            costs nothing, and off elsewhere, where it would stall the stream.
+        backend: See the module.
+
+    Returns:
+        The dictionary. Clusters that run empty are re-seeded at the rows farthest from their
+        centres; with fewer distinct rows than K the surplus prototypes have proportion 0.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a wrong shape, device or range, and for features that are not finite.
+
+    Example:
+        >>> logits = torch.randn(256, 10)
+        >>> d = confounder_dictionary(logits, num_prototypes=8)
+        >>> d.prototypes.shape, float(d.proportions.sum())
+        (torch.Size([8, 10]), 1.0)
+    """
+    _checks.tensor("features", features, ("n", "d"))
+    _checks.not_empty("features", features)
+    n, d = features.shape
+    _checks.positive_int("num_prototypes", num_prototypes)
+    if num_prototypes > n:
+        raise ValueError(
+            f"num_prototypes={num_prototypes} must be <= the number of feature rows, {n}"
+        )
+    if pca_components == "auto":
+        num_components = min(d, max(1, num_prototypes - 1))
+    else:
+        num_components = _checks.positive_int("pca_components", pca_components)
+        if num_components > d:
+            raise ValueError(
+                f"pca_components={num_components} must be <= the number of feature columns, {d}"
+            )
+    _checks.choice("init", init, ("greedy", "plain"))
+    _checks.positive_int("max_iter", max_iter)
+    _checks.finite_float("tol", tol)
+    if tol < 0:
+        raise ValueError(f"tol={tol} must be >= 0")
+    features = features.detach()
+    if initial_prototypes is not None:
+        _checks.tensor("initial_prototypes", initial_prototypes, ("K", "d"))
+        _checks.size("initial_prototypes", initial_prototypes, 0, num_prototypes, "num_prototypes")
+        _checks.size("initial_prototypes", initial_prototypes, 1, d, "number of feature columns")
+        _checks.same_device({"features": features, "initial_prototypes": initial_prototypes})
+        initial_prototypes = initial_prototypes.detach()
+
+    candidates = 1 if init == "plain" else 2 + int(math.log(num_prototypes))
+    drawn_on = features.device if generator is None else generator.device
+    uniforms = torch.rand(
+        num_prototypes, candidates, dtype=torch.float64, generator=generator, device=drawn_on
+    ).to(features.device)
+    operator = (
+        torch.ops.kdci_ext.confounder_dictionary.default
+        if _use_native(backend, features.device)
+        else reference.confounder_dictionary
+    )
+    dictionary = ConfounderDictionary(
+        *operator(features, uniforms, initial_prototypes, num_components, max_iter, float(tol))
+    )
+    if check_finite is None:
+        check_finite = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    # The operators return NaN for features that are not finite, so that looking is free.
+    if check_finite and math.isnan(dictionary.inertia.item()):
+        _raise_not_finite(features, initial_prototypes)
+    return dictionary
+
+
+def _raise_not_finite(features: Tensor, initial_prototypes: Tensor | None) -> None:
+    bad = (~torch.isfinite(features)).any(1).nonzero()
+    if len(bad) > 0:
+        raise ValueError(
+            f"features must be finite: {len(bad)} of {features.shape[0]} rows hold NaN or Inf, "
+            f"first row {int(bad[0])}; drop these rows or find out where they arise"
+        )
+    if initial_prototypes is not None and not bool(torch.isfinite(initial_prototypes).all()):
+        raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
+    raise ValueError("features are too large: sums over their rows overflow float64")
+
+
+def compensate(
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    *,
+    weighting: Weighting = "paper",
+    scale: float = 1.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Add the attention-weighted prior to the student's logits (KDCI, equations 3 to 5).
+
+    .. math::
+        \lambda_{bi} = \mathrm{softmax}_i(w_t \cdot \tanh(W_q s_b + W_k z_i)), \quad
+        s'_b = s_b + \textstyle\sum_i \lambda_{bi} P(z_i) z_i
+
+    No tensor of size B x K x H is ever made. Gradients reach the logits both directly and through
+    the weights; prototypes and proportions get theirs if they require it. A second derivative
+    needs ``backend="reference"``.
+
+    Args:
+        logits: Student logits S, [B, d], any floating type.
+        prototypes: z, [K, d].
+        proportions: P(z), [K].
+        w_query: W_q, [H, d].
+        w_key: W_k, [H, d].
+        w_score: w_t, [H].
+        weighting: ``"paper"`` is the formula above. ``"posterior"``, our variant, normalises both
+            factors together, :math:`\sum_i \mathrm{softmax}_i(score + \log P(z_i)) z_i`, so that
+            the prior is a convex combination of prototypes.
+        scale: Factor on the prior; 1 is the paper.
+        backend: See the module.
+
+    Returns:
+        S', [B, d], in the type of ``logits``; computed in float32, or float64 if an input is.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a wrong shape, device or value, and for an empty batch.
+
+    Example:
+        >>> d = confounder_dictionary(torch.randn(64, 10), 8)
+        >>> w_query, w_key, w_score = torch.randn(16, 10), torch.randn(16, 10), torch.randn(16)
+        >>> s = torch.randn(4, 10)
+        >>> compensate(s, d.prototypes, d.proportions, w_query, w_key, w_score).shape
+        torch.Size([4, 10])
+    """
+    _check_attention(logits, prototypes, proportions, w_query, w_key, w_score, "logits")
+    posterior = _checks.choice("weighting", weighting, ("paper", "posterior")) == "posterior"
+    arguments = (
+        *(logits, prototypes, proportions, w_query, w_key, w_score),
+        *(posterior, _checks.finite_float("scale", scale)),
+    )
+    if _use_native(backend, logits.device):
+        compensated: Tensor = torch.ops.kdci_ext.compensate.default(*arguments)[0]
+        return compensated
+    return reference.compensate(*arguments)[0]
+
+
+def compensated_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    temperature: float = 1.0,
+    *,
+    weighting: Weighting = "paper",
+    scale: float = 1.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Distillation loss of the compensated student, with its gradients from the same pass.
+
+    .. math::
+        L = \frac{T^2}{B} \sum_b \mathrm{KL}\big(\mathrm{softmax}(t_b / T) \,\|\,
+            \mathrm{softmax}(s'_b / T)\big)
+
+    Args:
+        student: Student logits S, [B, d], any floating type.
+        teacher: Teacher logits, [B, d]; a constant: it must not require gradients.
+        prototypes: z, [K, d].
+        proportions: P(z), [K].
+        w_query: W_q, [H, d].
+        w_key: W_k, [H, d].
+        w_score: w_t, [H].
+        temperature: T > 0.
+        weighting: See :func:`compensate`.
+        scale: See :func:`compensate`.
+        backend: See the module.
+
+    Returns:
+        The loss, [] float32, or float64 if an input is.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a wrong shape, device or value, an empty batch, and a teacher that
+            requires gradients.
+
+    Example:
+        >>> d = confounder_dictionary(torch.randn(64, 10), 8)
+        >>> w_query, w_key, w_score = torch.randn(16, 10), torch.randn(16, 10), torch.randn(16)
+        >>> s, t = torch.randn(4, 10, requires_grad=True), torch.randn(4, 10)
+        >>> loss = compensated_kd_loss(
+        ...     s, t, d.prototypes, d.proportions, w_query, w_key, w_score, temperature=4.0
+        ... )
+        >>> loss.backward()
+    """
+    _check_attention(student, prototypes, proportions, w_query, w_key, w_score, "student")
+    _checks.tensor("teacher", teacher, ("B", "d"))
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher has shape {list(teacher.shape)}, but must have that of student, "
+            f"{list(student.shape)}"
+        )
+    _checks.same_device({"student": student, "teacher": teacher})
+    if torch.is_grad_enabled() and teacher.requires_grad:
+        raise ValueError(
+            "teacher requires gradients, but the loss takes it as a constant: compute it under "
+            "torch.no_grad() or pass teacher.detach()"
+        )
+    temperature = _checks.finite_float("temperature", temperature, above=0)
+    posterior = _checks.choice("weighting", weighting, ("paper", "posterior")) == "posterior"
+    tensors = (student, teacher, prototypes, proportions, w_query, w_key, w_score)
+    options = (temperature, posterior, _checks.finite_float("scale", scale))
+    if not _use_native(backend, student.device):
+        return reference.compensated_kd_loss(*tensors, *options)
+    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    dictionary_grad = need_grad and (prototypes.requires_grad or proportions.requires_grad)
+    loss: Tensor = torch.ops.kdci_ext.compensated_kd_loss.default(
+        *tensors, *options, need_grad, dictionary_grad
+    )[0]
+    return loss
+
+
+def _check_attention(
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    logits_name: str,
+) -> None:
+    """Check the shapes and devices that all attention functions share."""
+    tensors = {
+        logits_name: _checks.tensor(logits_name, logits, ("B", "d")),
+        "prototypes": _checks.tensor("prototypes", prototypes, ("K", "d")),
+        "proportions": _checks.tensor("proportions", proportions, ("K",)),
+        "w_query": _checks.tensor("w_query", w_query, ("H", "d")),
+        "w_key": _checks.tensor("w_key", w_key, ("H", "d")),
+        "w_score": _checks.tensor("w_score", w_score, ("H",)),
+    }
+    for name, value in tensors.items():
+        _checks.not_empty(name, value)
+    d, num_prototypes, hidden = logits.shape[1], prototypes.shape[0], w_query.shape[0]
+    columns = f"number of columns of {logits_name}"
+    _checks.size("prototypes", prototypes, 1, d, columns)
+    _checks.size("proportions", proportions, 0, num_prototypes, "number of prototypes")
+    _checks.size("w_query", w_query, 1, d, columns)
+    _checks.size("w_key", w_key, 1, d, columns)
+    _checks.size("w_key", w_key, 0, hidden, "number of rows of w_query")
+    _checks.size("w_score", w_score, 0, hidden, "number of rows of w_query")
+    _checks.same_device(tensors)

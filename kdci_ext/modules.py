@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KDCI as modules for a training loop."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdci_ext import _checks
+from kdci_ext.dictionary import ConfounderDictionary
+from kdci_ext.functional import (
+    Backend,
+    Weighting,
+    compensate,
+    compensated_kd_loss,
+    confounder_dictionary,
+)
+
+__all__ = ["KDCI", "PriorCompensation"]
+
+Attention = Literal["learned", "uniform", "random"]
+
+
+class PriorCompensation(nn.Module):
+    r"""The attention that adds a dictionary's prior to logits (KDCI, equations 3 to 5).
+
+    Its three weights, :math:`W_q, W_k` [H, d] and :math:`w_t` [H] (5,376 numbers for 10 classes),
+    start as ``torch.nn.Linear`` without bias does and learn with the student's optimiser.
+
+    Args:
+        num_classes: d, the width of the logits.
+        hidden_dim: H; the paper's 256.
+        weighting: ``"paper"`` or ``"posterior"``; see :func:`kdci_ext.functional.compensate`.
+        scale: Factor on the prior; 1 is the paper.
+        attention: ``"learned"``, or, for the paper's ablation (Table 4), ``"uniform"``: all
+            scores equal, or ``"random"``: normal scores, new at each call. The last two have no
+            parameters.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a size is below 1, or an option is unknown.
+
+    Example:
+        >>> compensation = PriorCompensation(num_classes=10)
+        >>> d = confounder_dictionary(torch.randn(256, 10), num_prototypes=8)
+        >>> compensation(torch.randn(32, 10), d).shape
+        torch.Size([32, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        hidden_dim: int = 256,
+        *,
+        weighting: Weighting = "paper",
+        scale: float = 1.0,
+        attention: Attention = "learned",
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.num_classes = _checks.positive_int("num_classes", num_classes)
+        self.hidden_dim = _checks.positive_int("hidden_dim", hidden_dim)
+        _checks.choice("weighting", weighting, ("paper", "posterior"))
+        _checks.choice("attention", attention, ("learned", "uniform", "random"))
+        _checks.choice("backend", backend, ("auto", "native", "reference"))
+        self.weighting: Weighting = weighting
+        self.scale = _checks.finite_float("scale", scale)
+        self.attention: Attention = attention
+        self.backend: Backend = backend
+        if attention == "learned":
+            self.w_query = nn.Parameter(torch.empty(hidden_dim, num_classes))
+            self.w_key = nn.Parameter(torch.empty(hidden_dim, num_classes))
+            self.w_score = nn.Parameter(torch.empty(hidden_dim))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, uniform in +- 1 / sqrt(inputs), from PyTorch's generator."""
+        for weight in self.parameters():
+            inputs = weight.shape[-1]
+            nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
+
+    def forward(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
+        """Return the compensated logits S', [B, d], of ``logits`` [B, d]."""
+        if self.attention != "learned":
+            return self._with_fixed_attention(logits, dictionary)
+        return compensate(
+            *(logits, dictionary.prototypes, dictionary.proportions),
+            *(self.w_query, self.w_key, self.w_score),
+            weighting=self.weighting,
+            scale=self.scale,
+            backend=self.backend,
+        )
+
+    def loss(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        dictionary: ConfounderDictionary,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return KL_T(teacher || S'), []; see ``functional.compensated_kd_loss``."""
+        if self.attention != "learned":
+            _checks.finite_float("temperature", temperature, above=0)
+            compensated = self._with_fixed_attention(student_logits, dictionary)
+            divergence = F.kl_div(
+                F.log_softmax(compensated.float() / temperature, 1),
+                F.log_softmax(teacher_logits.detach().float() / temperature, 1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            return divergence * temperature**2
+        return compensated_kd_loss(
+            *(student_logits, teacher_logits, dictionary.prototypes, dictionary.proportions),
+            *(self.w_query, self.w_key, self.w_score),
+            temperature,
+            weighting=self.weighting,
+            scale=self.scale,
+            backend=self.backend,
+        )
+
+    def _with_fixed_attention(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
+        """Compensate with equal or random scores, which need no attention kernel."""
+        prototypes, proportions = dictionary.prototypes, dictionary.proportions
+        _checks.tensor("logits", logits, ("B", "d"))
+        _checks.size("logits", logits, 1, prototypes.shape[1], "number of prototype columns")
+        scores = logits.new_zeros(logits.shape[0], prototypes.shape[0], dtype=prototypes.dtype)
+        if self.attention == "random":
+            scores = torch.randn_like(scores)
+        if self.weighting == "posterior":
+            prior = torch.softmax(scores + proportions.log(), 1) @ prototypes
+        else:
+            prior = torch.softmax(scores, 1) @ (proportions[:, None] * prototypes)
+        return logits + (self.scale * prior).to(logits.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the module in its repr."""
+        return (
+            f"num_classes={self.num_classes}, hidden_dim={self.hidden_dim}, "
+            f"weighting={self.weighting!r}, scale={self.scale:g}, attention={self.attention!r}"
+        )
+
+
+class KDCI(nn.Module):
+    r"""Dictionary and compensation as one module: the drop-in form.
+
+    :meth:`update` clusters teacher logits into the dictionary (after each generator phase, or once
+    for sampled data), and :meth:`loss` replaces the loop's distillation loss. The parameters are
+    those of :class:`PriorCompensation`; the dictionary is part of the ``state_dict``. Evaluate and
+    deploy the student *without* this module.
+
+    Args:
+        num_classes: d, the width of the logits.
+        num_prototypes: K; the paper's 8 for generators, 32 for inversion, 128 for sampled data.
+        hidden_dim: H; the paper's 256.
+        weighting: ``"paper"`` or ``"posterior"``; see :func:`kdci_ext.functional.compensate`.
+        scale: Factor on the prior; 1 is the paper.
+        attention: See :class:`PriorCompensation`.
+        prototypes: ``"kmeans"``, or for the ablation ``"random"``: normal draws with the features'
+            column means and standard deviations.
+        proportions: ``"frequency"``, or for the ablation ``"none"``: leave P(z) out.
+        pca_components: See :func:`kdci_ext.functional.confounder_dictionary`.
+        max_iter: Likewise.
+        tol: Likewise.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a size is below 1, or an option is unknown.
+
+    Example:
+        >>> kdci = KDCI(num_classes=10, num_prototypes=8)
+        >>> _ = kdci.update(torch.randn(256, 10))
+        >>> loss = kdci.loss(torch.randn(32, 10), torch.randn(32, 10), temperature=20.0)
+    """
+
+    prototypes: Tensor
+    proportions: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_prototypes: int,
+        hidden_dim: int = 256,
+        *,
+        weighting: Weighting = "paper",
+        scale: float = 1.0,
+        attention: Attention = "learned",
+        prototypes: Literal["kmeans", "random"] = "kmeans",
+        proportions: Literal["frequency", "none"] = "frequency",
+        pca_components: int | Literal["auto"] = "auto",
+        max_iter: int = 50,
+        tol: float = 1e-4,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.compensation = PriorCompensation(
+            *(num_classes, hidden_dim),
+            weighting=weighting,
+            scale=scale,
+            attention=attention,
+            backend=backend,
+        )
+        self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
+        self.prototype_source = _checks.choice("prototypes", prototypes, ("kmeans", "random"))
+        self.proportion_source = _checks.choice("proportions", proportions, ("frequency", "none"))
+        self.pca_components = pca_components
+        self.max_iter = _checks.positive_int("max_iter", max_iter)
+        self.tol = _checks.finite_float("tol", tol)
+        # NaN until the first update, so that a dictionary nobody built cannot pass unseen.
+        nan = float("nan")
+        self.register_buffer("prototypes", torch.full((num_prototypes, num_classes), nan))
+        self.register_buffer("proportions", torch.full((num_prototypes,), nan))
+        self._ready = False
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            _note_loaded_dictionary
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a dictionary: one was built, or loaded with the ``state_dict``."""
+        return self._ready
+
+    @torch.no_grad()
+    def update(
+        self, teacher_logits: Tensor, generator: torch.Generator | None = None
+    ) -> ConfounderDictionary:
+        """Rebuild the dictionary from predictions.
+
+        Args:
+            teacher_logits: M, [n, d] with n >= num_prototypes: one synthetic mini-batch, or all
+                sampled data.
+            generator: Source of the random draws.
+
+        Returns:
+            The dictionary as clustered, with the labels of the rows.
+
+        Raises:
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape, fewer rows than prototypes, and NaN or Inf.
+        """
+        _checks.tensor("teacher_logits", teacher_logits, ("n", "d"))
+        _checks.size("teacher_logits", teacher_logits, 1, self.prototypes.shape[1], "num_classes")
+        _checks.same_device({"kdci": self.prototypes, "teacher_logits": teacher_logits})
+        found = confounder_dictionary(
+            *(teacher_logits, self.num_prototypes, self.pca_components),
+            generator=generator,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            backend=self.compensation.backend,
+        )
+        prototypes, proportions = found.prototypes, found.proportions
+        if self.prototype_source == "random":
+            rows = teacher_logits.to(prototypes.dtype)
+            drawn_on = rows.device if generator is None else generator.device
+            normal = torch.randn(prototypes.shape, generator=generator, device=drawn_on)
+            prototypes = rows.mean(0) + rows.std(0, correction=0) * normal.to(rows)
+        if self.proportion_source == "none":
+            proportions = torch.ones_like(proportions)
+        self.prototypes.copy_(prototypes)
+        self.proportions.copy_(proportions)
+        self._ready = True
+        return found
+
+    def forward(self, student_logits: Tensor) -> Tensor:
+        """Return the compensated logits S', [B, d], of ``student_logits`` [B, d]."""
+        return self.compensation(student_logits, self._dictionary())  # type: ignore[no-any-return]
+
+    def loss(
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Return the distillation loss KL_T(teacher || S'), [], batch mean times T^2.
+
+        Args:
+            student_logits: S, [B, d].
+            teacher_logits: [B, d], without gradients.
+            temperature: T > 0.
+
+        Raises:
+            RuntimeError: Before the first :meth:`update`.
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape, device or value.
+        """
+        return self.compensation.loss(
+            student_logits, teacher_logits, self._dictionary(), temperature
+        )
+
+    def _dictionary(self) -> ConfounderDictionary:
+        if not self._ready:
+            raise RuntimeError(
+                "there is no confounder dictionary yet: call update(teacher_logits) first"
+            )
+        # Labels and the rest concern the rows that were clustered, not the prior.
+        none = self.proportions.new_empty(0)
+        return ConfounderDictionary(self.prototypes, self.proportions, none, none, none)
+
+    def extra_repr(self) -> str:
+        """Describe the module in its repr."""
+        return (
+            f"num_prototypes={self.num_prototypes}, prototypes={self.prototype_source!r}, "
+            f"proportions={self.proportion_source!r}, ready={self._ready}"
+        )
+
+
+def _note_loaded_dictionary(module: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(module, KDCI)
+    module._ready = not bool(module.proportions.isnan().any())

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The operators in plain PyTorch, for every device that PyTorch has.
+
+The signatures and the algorithm are those of ``torch.ops.kdci_ext.*``; tests and benchmarks hold
+the native kernels to these functions, and they serve where the native library is missing.
+Gradients come from autograd. Arguments are not validated: :mod:`kdci_ext.functional` does that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["compensate", "compensated_kd_loss", "confounder_dictionary"]
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the type to compute in: float64 if any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def confounder_dictionary(
+    features: Tensor,
+    uniforms: Tensor,
+    initial_prototypes: Tensor | None,
+    num_components: int,
+    max_iter: int,
+    tol: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cluster ``features`` [n, d] into K prototypes; see ``functional.confounder_dictionary``.
+
+    Args:
+        features: Rows to cluster, [n, d], any floating type.
+        uniforms: Draws in [0, 1), [K, candidates] float64; one row per prototype.
+        initial_prototypes: Starting prototypes [K, d] instead of k-means++, or None.
+        num_components: PCA components q to cluster in, 1 <= q <= d; d means no PCA.
+        max_iter: Lloyd iterations at most.
+        tol: Stop when the squared shift of all centres is at most ``tol`` times the mean variance
+            of the clustered columns.
+
+    Returns:
+        prototypes [K, d], proportions [K], labels [n] int64, inertia [] float64 and the
+        number of iterations [] int64.
+    """
+    num_prototypes = uniforms.shape[0]
+    dtype = accumulate_dtype(features)
+    rows = features.to(dtype)
+    n = rows.shape[0]
+    mean = rows.double().sum(0) / n
+    if not bool(torch.isfinite(mean).all()):
+        nan = rows.new_full((), float("nan"))
+        return (
+            nan.expand(num_prototypes, rows.shape[1]).clone(),
+            nan.expand(num_prototypes).clone(),
+            torch.zeros(n, dtype=torch.int64, device=rows.device),
+            nan.double(),
+            torch.zeros((), dtype=torch.int64, device=rows.device),
+        )
+    # A power of two changes no digit, and keeps squares of tiny and huge rows representable.
+    centered = rows.double() - mean
+    _, exponent = torch.frexp(centered.abs().max())
+    points = torch.ldexp(centered, -exponent).to(dtype)
+    scaled_mean = mean
+    basis = None
+    if num_components < rows.shape[1]:
+        covariance = points.double().T @ points.double()
+        basis = torch.linalg.eigh(covariance).eigenvectors[:, -num_components:].to(dtype)
+        points = points @ basis
+    if initial_prototypes is None:
+        centers = points[_plus_plus(points, uniforms)]
+    else:
+        shifted = torch.ldexp(initial_prototypes.double() - scaled_mean, -exponent).to(dtype)
+        centers = shifted if basis is None else shifted @ basis
+    labels, centers, num_iter = _lloyd(points, centers, max_iter, tol)
+
+    offsets = points.double() - centers[labels].double()
+    inertia = torch.ldexp(offsets.square().sum(), 2 * exponent)
+    counts = torch.bincount(labels, minlength=num_prototypes)
+    sums = mean.new_zeros(num_prototypes, rows.shape[1]).index_add_(0, labels, rows.double())
+    prototypes = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), mean)
+    return (
+        prototypes.to(dtype),
+        (counts.double() / n).to(dtype),
+        labels,
+        inertia,
+        torch.tensor(num_iter, device=rows.device),
+    )
+
+
+def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
+    """Squared distances [n, K] by differences, so that equal rows are exactly 0 apart."""
+    return torch.stack(
+        [(points.double() - center.double()).square().sum(1) for center in centers], 1
+    )
+
+
+def _plus_plus(points: Tensor, uniforms: Tensor) -> Tensor:
+    """Choose rows by (greedy) k-means++ (Arthur & Vassilvitskii, SODA 2007); returns [K]."""
+    n = points.shape[0]
+    chosen = [min(n - 1, int(uniforms[0, 0].item() * n))]
+    nearest = _squared_distances(points, points[chosen[0]][None])[:, 0]
+    for draws in uniforms[1:]:
+        total = nearest.sum()
+        if total == 0:
+            chosen.append(chosen[0])
+            continue
+        last = int(nearest.nonzero()[-1])
+        cumulative = nearest.cumsum(0)
+        picks = torch.searchsorted(cumulative, draws.to(total.device) * total, right=True)
+        picks = picks.clamp(max=last)
+        potentials = torch.minimum(nearest[:, None], _squared_distances(points, points[picks]))
+        best = int(potentials.sum(0).argmin())
+        chosen.append(int(picks[best]))
+        nearest = potentials[:, best]
+    return torch.tensor(chosen, device=points.device)
+
+
+def _lloyd(
+    points: Tensor, centers: Tensor, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, int]:
+    """Alternate assignment and means; returns labels [n], their centres [K, q], iterations."""
+    num_prototypes = centers.shape[0]
+    threshold = tol * points.double().var(0, correction=0).mean()
+    previous = None
+    for iteration in range(1, max_iter + 1):
+        distances = _squared_distances(points, centers)
+        labels = distances.argmin(1)
+        if previous is not None and bool((labels == previous).all()):
+            return labels, centers, iteration
+        previous = labels
+        own = distances.gather(1, labels[:, None])[:, 0]
+        members = _relocate_empty(labels, own, num_prototypes)
+        counts = torch.bincount(members, minlength=num_prototypes)
+        sums = points.new_zeros(centers.shape, dtype=torch.float64)
+        sums.index_add_(0, members, points.double())
+        means = (sums / counts[:, None].clamp(min=1)).to(points.dtype)
+        updated = torch.where(counts[:, None] > 0, means, centers)
+        shift = (updated.double() - centers.double()).square().sum()
+        centers = updated
+        if bool(shift <= threshold):
+            break
+    return _squared_distances(points, centers).argmin(1), centers, iteration
+
+
+def _relocate_empty(labels: Tensor, own: Tensor, num_prototypes: int) -> Tensor:
+    """Give each empty cluster the row that is farthest from its centre, as scikit-learn does."""
+    empty = (torch.bincount(labels, minlength=num_prototypes) == 0).nonzero()[:, 0]
+    if len(empty) == 0:
+        return labels
+    farthest = own.sort(descending=True, stable=True).indices[: len(empty)]
+    farthest = farthest[own[farthest] > 0]
+    members = labels.clone()
+    members[farthest] = empty[: len(farthest)]
+    return members
+
+
+def compensate(
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    posterior: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add the attention-weighted prior to ``logits``; see ``functional.compensate``.
+
+    Args:
+        logits: Student logits S, [B, d].
+        prototypes: z, [K, d].
+        proportions: P, [K].
+        w_query: W_q, [H, d].
+        w_key: W_k, [H, d].
+        w_score: w_t, [H].
+        posterior: Weigh by softmax(score + log P) instead of softmax(score) * P.
+        scale: Factor on the prior.
+
+    Returns:
+        The compensated logits [B, d] in the type of ``logits``, the attention weights [B, K],
+        and the pre-activations of query [B, H] and key [K, H].
+    """
+    inputs = (logits, prototypes, proportions, w_query, w_key, w_score)
+    dtype = accumulate_dtype(*inputs)
+    s, z, p, wq, wk, wt = (tensor.to(dtype) for tensor in inputs)
+    query, key = s @ wq.T, z @ wk.T
+    score = torch.tanh(query[:, None, :] + key[None, :, :]) @ wt
+    if posterior:
+        # Where P = 0 the weight is 0 and has no gradient; log 0 would make it NaN.
+        present = p > 0
+        log_p = torch.where(present, torch.where(present, p, 1.0).log(), float("-inf"))
+        weights = torch.softmax(score + log_p, 1)
+        prior = weights @ z
+    else:
+        weights = torch.softmax(score, 1)
+        prior = weights @ (p[:, None] * z)
+    return (s + scale * prior).to(logits.dtype), weights, query, key
+
+
+def compensated_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    temperature: float,
+    posterior: bool,
+    scale: float,
+) -> Tensor:
+    """KL_T(teacher || compensated student), [] ; see ``functional.compensated_kd_loss``.
+
+    Args:
+        student: Student logits S, [B, d].
+        teacher: Teacher logits, [B, d], a constant.
+        prototypes: z, [K, d].
+        proportions: P, [K].
+        w_query: W_q, [H, d].
+        w_key: W_k, [H, d].
+        w_score: w_t, [H].
+        temperature: T > 0.
+        posterior: As for :func:`compensate`.
+        scale: As for :func:`compensate`.
+
+    Returns:
+        T^2 times the mean over the batch of the divergence, [].
+    """
+    dtype = accumulate_dtype(student, teacher, prototypes, proportions, w_query, w_key, w_score)
+    compensated, *_ = compensate(
+        student.to(dtype), prototypes, proportions, w_query, w_key, w_score, posterior, scale
+    )
+    log_student = F.log_softmax(compensated / temperature, 1)
+    log_teacher = F.log_softmax(teacher.detach().to(dtype) / temperature, 1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
