@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Matrix products on one thread, for callers that split the rows or columns of
+// the result among threads themselves.
+#pragma once
+
+#include <cstdint>
+
+#include "level.h"
+
+namespace kdci {
+
+template <typename T>
+using GemmFunction = void (*)(
+    int64_t m,
+    int64_t n,
+    int64_t depth,
+    T alpha,
+    const T* a,
+    int64_t a_row,
+    int64_t a_col,
+    const T* b,
+    int64_t b_row,
+    int64_t b_col,
+    T* c,
+    int64_t c_row,
+    bool accumulate);
+
+struct GemmKernels {
+  GemmFunction<float> sgemm;
+  GemmFunction<double> dgemm;
+};
+
+KDCI_DECLARE_PER_LEVEL(GemmKernels, gemm_kernels)
+
+/// C[i * c_row + j] (+)= alpha * sum_k A[i * a_row + k * a_col] *
+/// B[k * b_row + j * b_col] for i < m, j < n, k < depth. A transpose is a swap
+/// of strides. An element's value depends on neither m, n nor its position, so
+/// products computed in pieces are bitwise those computed whole.
+static inline void gemm(
+    int64_t m,
+    int64_t n,
+    int64_t depth,
+    float alpha,
+    const float* a,
+    int64_t a_row,
+    int64_t a_col,
+    const float* b,
+    int64_t b_row,
+    int64_t b_col,
+    float* c,
+    int64_t c_row,
+    bool accumulate) {
+  gemm_kernels().sgemm(
+      m,
+      n,
+      depth,
+      alpha,
+      a,
+      a_row,
+      a_col,
+      b,
+      b_row,
+      b_col,
+      c,
+      c_row,
+      accumulate);
+}
+
+static inline void gemm(
+    int64_t m,
+    int64_t n,
+    int64_t depth,
+    double alpha,
+    const double* a,
+    int64_t a_row,
+    int64_t a_col,
+    const double* b,
+    int64_t b_row,
+    int64_t b_col,
+    double* c,
+    int64_t c_row,
+    bool accumulate) {
+  gemm_kernels().dgemm(
+      m,
+      n,
+      depth,
+      alpha,
+      a,
+      a_row,
+      a_col,
+      b,
+      b_row,
+      b_col,
+      c,
+      c_row,
+      accumulate);
+}
+
+} // namespace kdci
