@@ -6,7 +6,25 @@ Images are uint8 or, in [0, 1], float32 tensors [n, c, h, w]; normalisation belo
 """
 
 from python_models.data.augment import RandomCropFlip
+from python_models.data.datasets import DATASETS, NORMALISATION, DatasetSpec, dataset_spec
+from python_models.data.formats import CorruptDataError, MissingDataError
 from python_models.data.images import to_float, to_uint8
+from python_models.data.labelled import LabelledData, load_labelled
 from python_models.data.pool import ImagePool
+from python_models.data.unlabelled import load_unlabelled
 
-__all__ = ["ImagePool", "RandomCropFlip", "to_float", "to_uint8"]
+__all__ = [
+    "DATASETS",
+    "NORMALISATION",
+    "CorruptDataError",
+    "DatasetSpec",
+    "ImagePool",
+    "LabelledData",
+    "MissingDataError",
+    "RandomCropFlip",
+    "dataset_spec",
+    "load_labelled",
+    "load_unlabelled",
+    "to_float",
+    "to_uint8",
+]

@@ -63,7 +63,7 @@ class RandomCropFlip:
 
 
 def _shift_flip(images: Tensor, down: Tensor, right: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """Mirrors image b where flips[b], then moves it: out[b, c, i, j] = in[b, c, i + down, j + right].
+    """Mirrors where flips[b], then moves: out[b, c, i, j] = in[b, c, i + down[b], j + right[b]].
 
     Pixels from outside are 0; no shift exceeds `padding`.
     """

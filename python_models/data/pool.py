@@ -141,7 +141,7 @@ class ImagePool:
             for _ in range(-(-n // len(self)))
         ]
         index = torch.cat(rounds)[:n] if rounds else torch.empty(0, dtype=torch.long, device=device)
-        return to_float(self._images[index.to(self.device)])
+        return to_float(self._images.index_select(0, index.to(self.device)))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that an exact resume needs; the images as they are stored, without room."""
