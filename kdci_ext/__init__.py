@@ -11,9 +11,14 @@ prior from it to the student's logits during distillation:
 >>> loss = kdci.loss(torch.randn(32, 10), torch.randn(32, 10), temperature=20.0)
 """
 
+import pkgutil
 from importlib.metadata import PackageNotFoundError, version
 
-from kdci_ext import _ops as _ops  # registers the operators' fake kernels and autograd
+# In the root of a checkout Python finds these sources before the installed package; the native
+# library, which only the latter has, is then found here.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+from kdci_ext import _ops as _ops  # registers the fake kernels and autograd
 from kdci_ext import functional, reference
 from kdci_ext._load import build_info
 from kdci_ext.dictionary import ConfounderDictionary

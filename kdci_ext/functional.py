@@ -137,6 +137,12 @@ def confounder_dictionary(
         _checks.same_device({"features": features, "initial_prototypes": initial_prototypes})
         initial_prototypes = initial_prototypes.detach()
 
+    if check_finite is None:
+        check_finite = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    if check_finite and initial_prototypes is not None:
+        if not bool(torch.isfinite(initial_prototypes).all()):
+            raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
+
     candidates = 1 if init == "plain" else 2 + int(math.log(num_prototypes))
     drawn_on = features.device if generator is None else generator.device
     uniforms = torch.rand(
@@ -150,23 +156,19 @@ def confounder_dictionary(
     dictionary = ConfounderDictionary(
         *operator(features, uniforms, initial_prototypes, num_components, max_iter, float(tol))
     )
-    if check_finite is None:
-        check_finite = features.device.type == "cpu" and not torch.compiler.is_compiling()
     # The operators return NaN for features that are not finite, so that looking is free.
     if check_finite and math.isnan(dictionary.inertia.item()):
-        _raise_not_finite(features, initial_prototypes)
+        _raise_not_finite(features)
     return dictionary
 
 
-def _raise_not_finite(features: Tensor, initial_prototypes: Tensor | None) -> None:
+def _raise_not_finite(features: Tensor) -> None:
     bad = (~torch.isfinite(features)).any(1).nonzero()
     if len(bad) > 0:
         raise ValueError(
             f"features must be finite: {len(bad)} of {features.shape[0]} rows hold NaN or Inf, "
             f"first row {int(bad[0])}; drop these rows or find out where they arise"
         )
-    if initial_prototypes is not None and not bool(torch.isfinite(initial_prototypes).all()):
-        raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
     raise ValueError("features are too large: sums over their rows overflow float64")
 
 

@@ -1,0 +1,158 @@
+"""Hypothesis strategies and comparisons for the operator tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided")
+
+
+def with_layout(values: Tensor, layout: str) -> Tensor:
+    """Return a tensor of equal values whose memory is laid out otherwise."""
+    if layout == "transposed" and values.dim() == 2:
+        return values.T.contiguous().T
+    if layout == "sliced":
+        padded = values.new_full([size + 3 for size in values.shape], float("nan"))
+        view = padded[tuple(slice(1, size + 1) for size in values.shape)]
+        return view.copy_(values)
+    if layout == "strided":
+        wide = torch.stack([values, torch.full_like(values, float("nan"))], -1)
+        return wide[..., 0]
+    return values.contiguous()
+
+
+def max_error(got: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference to a float64 result."""
+    return float((got.double() - exact).abs().max()) if exact.numel() else 0.0
+
+
+def assert_as_exact_as_torch(got: Tensor, plain: Tensor, exact: Tensor, factor: float) -> None:
+    """Hold a kernel's error against float64 to ``factor`` times that of plain PyTorch.
+
+    ``plain`` is PyTorch's result in the same precision. A few units in the last place are
+    allowed besides, since plain PyTorch may happen to be exact.
+    """
+    assert got.dtype == plain.dtype
+    assert got.shape == exact.shape
+    assert bool(torch.isfinite(got).all())
+    unit = torch.finfo(got.dtype).eps * max(float(exact.abs().max()), 1e-30)
+    allowed = factor * max_error(plain, exact) + 4 * unit
+    assert max_error(got, exact) <= allowed, (max_error(got, exact), max_error(plain, exact), unit)
+
+
+@st.composite
+def feature_rows(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
+    """Rows to cluster: clouds, duplicates, constant columns, low rank; any scale and layout."""
+    n = draw(st.integers(1, 70))
+    d = draw(st.sampled_from([1, 2, 3, 8, 10, 17, 33, 64]))
+    kind = draw(st.sampled_from(["cloud", "clusters", "duplicates", "constant column", "rank 2"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = normal(n, d)
+    if kind == "clusters":
+        rows = 6 * normal(5, d)[torch.randint(5, (n,), generator=generator)] + 0.3 * rows
+    elif kind == "duplicates":
+        rows = rows[torch.randint((n + 3) // 4, (n,), generator=generator)]
+    elif kind == "constant column":
+        rows[:, 0] = 3.0
+    elif kind == "rank 2":
+        rows = normal(n, 2) @ normal(2, d)
+    dtype = draw(st.sampled_from(dtypes))
+    wide = dtype in (torch.float32, torch.float64)
+    rows = rows * draw(st.sampled_from([1.0, 1e-20, 1e20] if wide else [1.0, 1e-2, 1e2]))
+    return with_layout(rows.to(dtype), draw(st.sampled_from(LAYOUTS)))
+
+
+@dataclass
+class Attention:
+    """Inputs of the compensation, in one bundle."""
+
+    logits: Tensor
+    teacher: Tensor
+    prototypes: Tensor
+    proportions: Tensor
+    w_query: Tensor
+    w_key: Tensor
+    w_score: Tensor
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The arguments of compensate."""
+        return (
+            *(self.logits, self.prototypes, self.proportions),
+            *(self.w_query, self.w_key, self.w_score),
+        )
+
+    @property
+    def loss_operands(self) -> tuple[Tensor, ...]:
+        """The arguments of compensated_kd_loss."""
+        logits, *rest = self.operands
+        return (logits, self.teacher, *rest)
+
+    def to(self, dtype: torch.dtype) -> Attention:
+        """Return a copy in another type, detached."""
+        return Attention(*(value.detach().to(dtype) for value in vars(self).values()))
+
+    def requires_grad_(self) -> Attention:
+        """Ask for the gradient of everything but the teacher."""
+        for value in self.operands:
+            value.requires_grad_()
+        return self
+
+
+def make_attention(
+    batch: int,
+    classes: int,
+    prototypes: int,
+    hidden: int,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    weight_scale: float = 1.0,
+    zero_proportion: bool = False,
+) -> Attention:
+    """Float64 inputs of the given sizes; ``scale`` is that of logits and prototypes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    proportions = torch.rand(prototypes, generator=generator, dtype=torch.float64) + 0.05
+    if zero_proportion and prototypes > 1:
+        proportions[0] = 0.0
+    return Attention(
+        logits=scale * normal(batch, classes),
+        teacher=scale * normal(batch, classes),
+        prototypes=scale * normal(prototypes, classes),
+        proportions=proportions / proportions.sum(),
+        w_query=weight_scale * normal(hidden, classes) / classes**0.5,
+        w_key=weight_scale * normal(hidden, classes) / classes**0.5,
+        w_score=weight_scale * normal(hidden) / hidden**0.5,
+    )
+
+
+@st.composite
+def attentions(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Attention:
+    """Inputs of the compensation over sizes, scales, types and layouts."""
+    dtype = draw(st.sampled_from(dtypes))
+    wide = dtype in (torch.float32, torch.float64)
+    inputs = make_attention(
+        batch=draw(st.sampled_from([1, 2, 5, 16, 33])),
+        classes=draw(st.sampled_from([1, 2, 7, 10, 40])),
+        prototypes=draw(st.sampled_from([1, 2, 8, 13, 32])),
+        hidden=draw(st.sampled_from([1, 3, 16, 50, 256])),
+        seed=draw(st.integers(0, 2**16)),
+        scale=draw(st.sampled_from([1.0, 1e-3, 30.0, 1e4] if wide else [1.0, 10.0])),
+        weight_scale=draw(st.sampled_from([0.3, 1.0, 5.0])),
+        zero_proportion=draw(st.booleans()),
+    ).to(dtype)
+    layout = draw(st.sampled_from(LAYOUTS))
+    return Attention(*(with_layout(value, layout) for value in vars(inputs).values()))

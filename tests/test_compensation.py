@@ -1,0 +1,465 @@
+"""Compensation and distillation loss, forward and backward, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    Attention,
+    assert_as_exact_as_torch,
+    attentions,
+    make_attention,
+)
+from torch.nn import functional as F
+
+from kdci_ext import KDCI, PriorCompensation, build_confounder_dictionary
+from kdci_ext.functional import compensate, compensated_kd_loss
+
+WEIGHTINGS = ("paper", "posterior")
+weightings = st.sampled_from(WEIGHTINGS)
+
+
+def run_compensate(inputs: Attention, backend: str, grad, **options):
+    """Return the output and the gradients of <output, grad> of one backend."""
+    inputs = Attention(*(v.detach() for v in vars(inputs).values())).requires_grad_()
+    output = compensate(*inputs.operands, backend=backend, **options)
+    return output.detach(), torch.autograd.grad(output, inputs.operands, grad.to(output.dtype))
+
+
+def run_loss(inputs: Attention, backend: str, temperature: float, **options):
+    inputs = Attention(*(v.detach() for v in vars(inputs).values())).requires_grad_()
+    loss = compensated_kd_loss(*inputs.loss_operands, temperature, backend=backend, **options)
+    return loss.detach(), torch.autograd.grad(loss, inputs.operands)
+
+
+# -- against the reference ---------------------------------------------------
+
+
+@given(attentions(), weightings, st.sampled_from([1.0, -0.5, 40.0]))
+def test_compensate_is_as_exact_as_pytorch(inputs, weighting, scale):
+    """Against float64, outputs err at most twice and gradients three times what plain PyTorch in
+    the same precision errs, for any size of the logits.
+    """
+    grad = torch.randn(inputs.logits.shape, dtype=torch.float64)
+    options = {"weighting": weighting, "scale": scale}
+    exact, exact_grads = run_compensate(inputs.to(torch.float64), "reference", grad, **options)
+    plain, plain_grads = run_compensate(inputs, "reference", grad, **options)
+    got, got_grads = run_compensate(inputs, "native", grad, **options)
+    assert_as_exact_as_torch(got, plain, exact, factor=2)
+    for one, other, truth in zip(got_grads, plain_grads, exact_grads, strict=True):
+        assert_as_exact_as_torch(one, other, truth, factor=3)
+
+
+@given(attentions(), weightings, st.sampled_from([1.0, 4.0, 20.0]))
+def test_kd_loss_is_as_exact_as_pytorch(inputs, weighting, temperature):
+    exact, exact_grads = run_loss(
+        inputs.to(torch.float64), "reference", temperature, weighting=weighting
+    )
+    plain, plain_grads = run_loss(inputs, "reference", temperature, weighting=weighting)
+    got, got_grads = run_loss(inputs, "native", temperature, weighting=weighting)
+    # The divergence is a sum of differences of this size.
+    assert abs(float(got - exact)) <= 2 * abs(float(plain - exact)) + 1e-5 * max(1, float(exact))
+    for one, other, truth in zip(got_grads, plain_grads, exact_grads, strict=True):
+        assert_as_exact_as_torch(one, other, truth, factor=3)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_compensate_by_hand(weighting):
+    """Two prototypes, one hidden unit: every step of equations 3 to 5 written out."""
+    s, z, p = [0.5, -1.0], [[1.0, 2.0], [-3.0, 0.5]], [0.25, 0.75]
+    w_query, w_key, w_score = [0.3, -0.2], [0.1, 0.4], 1.5
+    hidden = [
+        torch.tensor(sum(w * x for w, x in zip(w_query, s, strict=True)))
+        + sum(w * x for w, x in zip(w_key, row, strict=True))
+        for row in z
+    ]
+    score = w_score * torch.tanh(torch.stack(hidden))
+    if weighting == "paper":
+        weights = torch.softmax(score, 0) * torch.tensor(p)
+    else:
+        weights = torch.softmax(score + torch.tensor(p).log(), 0)
+    expected = torch.tensor(s) + 2.0 * (weights @ torch.tensor(z))
+    got = compensate(
+        torch.tensor([s]),
+        torch.tensor(z),
+        torch.tensor(p),
+        torch.tensor([w_query]),
+        torch.tensor([w_key]),
+        torch.tensor([w_score]),
+        weighting=weighting,
+        scale=2.0,
+    )
+    torch.testing.assert_close(got[0], expected)
+
+
+def test_kd_loss_by_hand():
+    """With a prior of 0 the loss is the field's KL_T: batch mean, times T squared."""
+    inputs = make_attention(6, 10, 4, 8).to(torch.float32)
+    inputs.proportions.zero_()
+    for temperature in (1.0, 20.0):
+        expected = (
+            F.kl_div(
+                F.log_softmax(inputs.logits / temperature, 1),
+                F.softmax(inputs.teacher / temperature, 1),
+                reduction="batchmean",
+            )
+            * temperature**2
+        )
+        got = compensated_kd_loss(*inputs.loss_operands, temperature)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_surplus_prototypes_carry_nothing(weighting):
+    """A prototype of proportion 0 adds nothing in either form; in the posterior form it even
+    takes no weight from the others.
+    """
+    inputs = make_attention(5, 7, 4, 16)
+    inputs.proportions[0] = 0.0
+    moved = make_attention(5, 7, 4, 16)
+    moved.proportions[0] = 0.0
+    moved.prototypes[0] = inputs.prototypes[0]
+    if weighting == "posterior":
+        moved.prototypes[0] = 1000.0
+    one, other = (compensate(*x.operands, weighting=weighting) for x in (inputs, moved))
+    torch.testing.assert_close(one, other)
+    if weighting == "posterior":
+        kept = Attention(**vars(inputs))
+        kept.prototypes, kept.proportions = inputs.prototypes[1:], inputs.proportions[1:]
+        torch.testing.assert_close(one, compensate(*kept.operands, weighting=weighting))
+
+
+def test_posterior_prior_is_a_convex_combination():
+    """Its prior lies within the range of the prototypes, class by class."""
+    inputs = make_attention(30, 10, 8, 32, weight_scale=4.0)
+    prior = compensate(*inputs.operands, weighting="posterior") - inputs.logits
+    low, high = inputs.prototypes.min(0).values, inputs.prototypes.max(0).values
+    assert bool(((prior >= low - 1e-12) & (prior <= high + 1e-12)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("magnitude", [1e4, 1e12, 1e18, 1e-12, 1e-30])
+def test_extreme_logits(dtype, magnitude):
+    """Saturated and vanishing pre-activations stay finite and exact."""
+    inputs = make_attention(4, 10, 6, 64, scale=magnitude).to(dtype)
+    grad = torch.randn(4, 10, dtype=torch.float64)
+    exact, exact_grads = run_compensate(inputs.to(torch.float64), "reference", grad)
+    plain, plain_grads = run_compensate(inputs, "reference", grad)
+    got, got_grads = run_compensate(inputs, "native", grad)
+    assert_as_exact_as_torch(got, plain, exact, factor=2)
+    for one, other, truth in zip(got_grads, plain_grads, exact_grads, strict=True):
+        assert bool(torch.isfinite(one).all())
+        assert_as_exact_as_torch(one, other, truth, factor=3)
+
+
+def test_nan_logits_spread_no_further_than_their_row():
+    inputs = make_attention(6, 10, 4, 32).to(torch.float32)
+    clean = compensate(*inputs.operands)
+    inputs.logits[2, 3] = float("nan")
+    got = compensate(*inputs.operands)
+    assert bool(got[2].isnan().any())
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(got[others], clean[others])
+
+
+# -- autograd ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradcheck(weighting):
+    inputs = make_attention(3, 4, 5, 6).requires_grad_()
+
+    def call(*operands):
+        return compensate(*operands, weighting=weighting, scale=1.5, backend="native")
+
+    assert torch.autograd.gradcheck(call, inputs.operands)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradcheck_of_the_loss(weighting):
+    inputs = make_attention(3, 4, 5, 6).requires_grad_()
+
+    def call(student, *rest):
+        return compensated_kd_loss(
+            *(student, inputs.teacher, *rest, 3.0), weighting=weighting, backend="native"
+        )
+
+    assert torch.autograd.gradcheck(call, inputs.operands)
+
+
+def test_loss_of_the_kernel_is_compensate_then_kl():
+    """The one-pass loss and its gradients are those of the two steps."""
+    inputs = make_attention(9, 10, 8, 32)
+    loss, grads = run_loss(inputs, "native", 4.0)
+    two_steps = Attention(*vars(inputs).values()).requires_grad_()
+    compensated = compensate(*two_steps.operands, backend="native")
+    expected = 16 * F.kl_div(
+        F.log_softmax(compensated / 4, 1), F.softmax(inputs.teacher / 4, 1), reduction="batchmean"
+    )
+    torch.testing.assert_close(loss, expected.detach())
+    for got, want in zip(grads, torch.autograd.grad(expected, two_steps.operands), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("function", ["compensate", "loss"])
+def test_second_derivative_is_refused(function):
+    """Not silently wrong: the message names the backend that has it."""
+    inputs = make_attention(3, 4, 5, 6).requires_grad_()
+    if function == "compensate":
+        output = compensate(*inputs.operands, backend="native").square().sum()
+    else:
+        output = compensated_kd_loss(*inputs.loss_operands, backend="native")
+
+    def differentiate_twice(output):
+        (first,) = torch.autograd.grad(output, inputs.logits, create_graph=True)
+        first.square().sum().backward()
+
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        differentiate_twice(output)
+    reference = compensate(*inputs.operands, backend="reference").square().sum()
+    differentiate_twice(reference)
+
+
+def test_only_wanted_gradients_are_made():
+    inputs = make_attention(3, 4, 5, 6)
+    inputs.w_query.requires_grad_()
+    compensate(*inputs.operands).sum().backward()
+    assert inputs.w_query.grad is not None
+    assert inputs.prototypes.grad is None
+    with torch.no_grad():
+        assert not compensated_kd_loss(*inputs.loss_operands).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_returns_the_callers_type(dtype):
+    """Under autocast narrow logits meet float32 weights: computed in float32, returned narrow."""
+    inputs = make_attention(8, 10, 8, 32).to(torch.float32)
+    narrow = inputs.logits.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        got = compensate(narrow, *inputs.operands[1:], backend="native")
+        loss = compensated_kd_loss(narrow, inputs.teacher, *inputs.operands[1:], backend="native")
+    assert got.dtype == dtype
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert narrow.grad.dtype == dtype
+    wide = compensate(narrow.float(), *inputs.operands[1:], backend="native")
+    torch.testing.assert_close(got, wide.to(dtype))
+
+
+# -- determinism -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(256, 10, 8, 256), (300, 100, 32, 100), (64, 33, 130, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_and_repeats_change_no_bit(two_threads, sizes, dtype):
+    inputs = make_attention(*sizes).to(dtype)
+    grad = torch.randn(inputs.logits.shape, dtype=torch.float64)
+
+    def everything():
+        output, grads = run_compensate(inputs, "native", grad)
+        loss, loss_grads = run_loss(inputs, "native", 4.0)
+        return (output, *grads, loss, *loss_grads)
+
+    one, two = two_threads(everything)
+    for first, second, again in zip(one, two, everything(), strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first, again)
+
+
+# -- the framework -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_opcheck(dtype, requires_grad, weighting):
+    inputs = make_attention(5, 4, 3, 6).to(dtype)
+    if requires_grad:
+        inputs.requires_grad_()
+    operators = torch.ops.kdci_ext
+    options = (weighting == "posterior", 1.0)
+    torch.library.opcheck(operators.compensate.default, (*inputs.operands, *options))
+    torch.library.opcheck(
+        operators.compensated_kd_loss.default,
+        (*inputs.loss_operands, 4.0, *options, requires_grad, requires_grad),
+        # Its gradients are outputs too, and differentiating those is refused: see above.
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        if requires_grad
+        else (
+            "test_schema",
+            "test_faketensor",
+            "test_autograd_registration",
+            "test_aot_dispatch_dynamic",
+        ),
+    )
+    saved = operators.compensate(*inputs.operands, *options)
+    arguments = (inputs.logits, *inputs.operands, *saved[1:], *options, True)
+    detached = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    torch.library.opcheck(operators.compensate_backward.default, tuple(detached))
+
+
+@pytest.mark.parametrize("function", ["compensate", "loss"])
+def test_compiles_without_graph_breaks(function):
+    """One graph for forward and backward, for changing batch sizes."""
+
+    def step(inputs: Attention):
+        if function == "compensate":
+            return compensate(*inputs.operands).square().mean()
+        return compensated_kd_loss(*inputs.loss_operands, 4.0)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for batch in (5, 9, 12):
+        inputs = make_attention(batch, 10, 8, 16, seed=batch).to(torch.float32).requires_grad_()
+        results = [function(inputs) for function in (step, compiled)]
+        grads = [torch.autograd.grad(result, inputs.operands) for result in results]
+        torch.testing.assert_close(results[1], results[0])
+        for got, want in zip(grads[1], grads[0], strict=True):
+            torch.testing.assert_close(got, want)
+
+
+# -- modules -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("classes", "parameters"), [(10, 5_376), (100, 51_456), (200, 102_656), (1000, 512_256)]
+)
+def test_number_of_parameters(classes, parameters):
+    """KDCI, supplement: 256 * 2C + 256."""
+    assert sum(p.numel() for p in PriorCompensation(classes).parameters()) == parameters
+
+
+def test_kdci_lowers_a_loss_in_a_hand_written_loop():
+    """The drop-in form: update, loss, step, as in anyone's loop."""
+    images = torch.randn(64, 12)
+    teacher, student = torch.nn.Linear(12, 10), torch.nn.Linear(12, 10)
+    kdci = KDCI(num_classes=10, num_prototypes=8)
+    optimizer = torch.optim.SGD([*student.parameters(), *kdci.parameters()], lr=0.5)
+    losses = []
+    for _ in range(60):
+        with torch.no_grad():
+            teacher_logits = teacher(images)
+        kdci.update(teacher_logits)
+        loss = kdci.loss(student(images), teacher_logits, temperature=4.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_kdci_is_its_parts():
+    teacher_logits, student_logits = torch.randn(64, 10), torch.randn(16, 10)
+    kdci = KDCI(10, 8, weighting="posterior", scale=0.5)
+    generator = torch.Generator().manual_seed(3)
+    kdci.update(teacher_logits, generator=generator)
+    d = build_confounder_dictionary(teacher_logits, 8, generator=generator.manual_seed(3))
+    assert torch.equal(kdci.prototypes, d.prototypes)
+    assert torch.equal(kdci(student_logits), kdci.compensation(student_logits, d))
+
+
+def test_kdci_state_holds_the_dictionary():
+    kdci = KDCI(10, 8)
+    fresh = KDCI(10, 8)
+    fresh.load_state_dict(kdci.state_dict())
+    assert not fresh.is_ready
+    kdci.update(torch.randn(64, 10))
+    fresh.load_state_dict(kdci.state_dict())
+    assert fresh.is_ready
+    logits = torch.randn(5, 10)
+    assert torch.equal(fresh(logits), kdci(logits))
+
+
+def test_kdci_asks_for_a_dictionary_first():
+    with pytest.raises(RuntimeError, match=r"call update\(teacher_logits\) first"):
+        KDCI(10, 8).loss(torch.randn(4, 10), torch.randn(4, 10))
+
+
+@pytest.mark.parametrize("attention", ["learned", "uniform", "random"])
+@pytest.mark.parametrize("prototypes", ["kmeans", "random"])
+@pytest.mark.parametrize("proportions", ["frequency", "none"])
+def test_ablations(attention, prototypes, proportions):
+    """Table 4: each part of the prior can be replaced, and the loss still trains the student."""
+    options = {"attention": attention, "prototypes": prototypes, "proportions": proportions}
+    kdci = KDCI(10, 8, **options)
+    rows = torch.randn(64, 10)
+    kdci.update(rows)
+    assert (attention == "learned") == (len(list(kdci.parameters())) == 3)
+    if proportions == "none":
+        assert kdci.proportions.tolist() == [1.0] * 8
+    student = torch.randn(16, 10, requires_grad=True)
+    kdci.loss(student, torch.randn(16, 10), 4.0).backward()
+    assert float(student.grad.abs().sum()) > 0
+    if attention == "uniform":
+        prior = (kdci.proportions[:, None] * kdci.prototypes).sum(0) / 8
+        torch.testing.assert_close(kdci(student) - student, prior.expand(16, 10))
+
+
+# -- bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("replaced", "error", "message"),
+    [
+        (
+            {"logits": torch.randn(0, 4)},
+            ValueError,
+            r"logits must not be empty, got shape \[0, 4\]",
+        ),
+        ({"logits": torch.randn(3, 5)}, ValueError, "prototypes has shape .* must be 5"),
+        ({"logits": torch.randn(3, 4).long()}, TypeError, "logits must be float32"),
+        ({"logits": torch.randn(4)}, ValueError, r"logits must have shape \[B, d\], got \[4\]"),
+        ({"logits": [1.0]}, TypeError, "logits must be a tensor"),
+        ({"proportions": torch.rand(6)}, ValueError, "proportions has shape .* must be 5"),
+        ({"w_query": torch.randn(6, 3)}, ValueError, "w_query has shape .* must be 4"),
+        ({"w_key": torch.randn(7, 4)}, ValueError, "w_key has shape .* must be 6"),
+        ({"w_score": torch.randn(6, 1)}, ValueError, r"w_score must have shape \[H\]"),
+        ({"w_score": torch.randn(5)}, ValueError, "w_score has shape .* must be 6"),
+        ({"w_query": torch.randn(0, 4)}, ValueError, "w_query must not be empty"),
+        ({"w_key": torch.randn(6, 4, device="meta")}, ValueError, "w_key is on meta, but logits"),
+    ],
+)
+def test_bad_tensors_are_named(replaced, error, message):
+    inputs = Attention(**{**vars(make_attention(3, 4, 5, 6)), **replaced})
+    with pytest.raises(error, match=message):
+        compensate(*inputs.operands)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_temperature(temperature):
+    inputs = make_attention(3, 4, 5, 6)
+    with pytest.raises(ValueError, match=r"temperature=.* must be finite and > 0"):
+        compensated_kd_loss(*inputs.loss_operands, temperature)
+
+
+def test_bad_options_and_teachers():
+    inputs = make_attention(3, 4, 5, 6)
+    with pytest.raises(ValueError, match="did you mean 'posterior'"):
+        compensate(*inputs.operands, weighting="posteriori")
+    with pytest.raises(ValueError, match="scale=nan must be finite"):
+        compensate(*inputs.operands, scale=float("nan"))
+    inputs.teacher.requires_grad_()
+    with pytest.raises(ValueError, match="teacher requires gradients"):
+        compensated_kd_loss(*inputs.loss_operands)
+    inputs.teacher = torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"teacher has shape \[2, 4\]"):
+        compensated_kd_loss(*inputs.loss_operands)
+
+
+@pytest.mark.parametrize("arguments", [(0, 8), (10, 0), (10, 8, 0), (10, -2)])
+def test_bad_sizes_of_kdci(arguments):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        KDCI(*arguments)
+
+
+def test_update_wants_enough_rows_of_the_right_width():
+    kdci = KDCI(10, 8)
+    with pytest.raises(ValueError, match="num_prototypes=8 must be <= the number of feature rows"):
+        kdci.update(torch.randn(4, 10))
+    with pytest.raises(ValueError, match="dimension 1 must be 10, the num_classes"):
+        kdci.update(torch.randn(20, 9))
+    with pytest.raises(ValueError, match="rows hold NaN or Inf"):
+        kdci.update(torch.full((20, 10), float("nan")))
+    assert not kdci.is_ready

@@ -1,0 +1,469 @@
+"""The confounder dictionary: native kernels against the reference, and the laws of k-means."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from strategies import DTYPES, LAYOUTS, feature_rows, with_layout
+from torch import Tensor
+
+import kdci_ext
+from kdci_ext import ConfounderDictionary, build_confounder_dictionary
+
+BACKENDS = ("native", "reference")
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def build(features: Tensor, num_prototypes: int, seed: int = 0, **options) -> ConfounderDictionary:
+    generator = torch.Generator().manual_seed(seed)
+    return build_confounder_dictionary(features, num_prototypes, generator=generator, **options)
+
+
+def clusters(
+    n: int = 90, d: int = 6, groups: int = 3, spread: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """Rows around far-apart centres, and which centre each belongs to."""
+    generator = torch.Generator().manual_seed(1)
+    centers = 8 * torch.randn(groups, d, generator=generator)
+    members = torch.arange(n) % groups
+    return centers[members] + spread * torch.randn(n, d, generator=generator), members
+
+
+def assert_same_partition(labels: Tensor, members: Tensor) -> None:
+    pairs = set(zip(labels.tolist(), members.tolist(), strict=True))
+    assert len(pairs) == len(set(members.tolist())) == len(set(labels.tolist()))
+
+
+def inertia_of(points: Tensor, labels: Tensor) -> float:
+    """Sum of squared distances to the means of the labelled groups, by definition."""
+    return sum(
+        float((group - group.mean(0)).square().sum())
+        for group in (points[labels == label] for label in labels.unique())
+    )
+
+
+# -- against the reference ---------------------------------------------------
+
+
+@given(feature_rows(), st.data())
+def test_matches_the_reference(features, data):
+    """From equal draws the kernels choose the rows that the reference chooses, and end where it
+    ends: labels, proportions and iterations equal, prototypes and inertia to rounding.
+    """
+    n, d = features.shape
+    num_prototypes = data.draw(st.integers(1, min(n, 12)))
+    options = {
+        "seed": data.draw(st.integers(0, 99)),
+        "init": data.draw(st.sampled_from(["greedy", "plain"])),
+        "pca_components": d,
+    }
+    native = build(features, num_prototypes, backend="native", **options)
+    exact = build(features.double(), num_prototypes, backend="reference", **options)
+    # Rounding may break ties between equally near centres, or equally good candidates, another
+    # way; such cases show another labelling of the same quality.
+    if torch.equal(native.labels, exact.labels):
+        scale = float(features.abs().max())
+        torch.testing.assert_close(
+            native.prototypes.double(), exact.prototypes, rtol=1e-5, atol=1e-6 * scale
+        )
+        torch.testing.assert_close(native.proportions.double(), exact.proportions)
+        torch.testing.assert_close(
+            native.inertia, exact.inertia, rtol=1e-4, atol=1e-12 * scale**2 * n
+        )
+    else:
+        assert features.dtype != torch.float64
+        assume(False)
+
+
+@given(feature_rows(dtypes=(torch.float64,)), st.data())
+def test_float64_follows_the_reference_exactly(features, data):
+    """In float64 there is no rounding to blame: the same labels after the same iterations."""
+    n, d = features.shape
+    num_prototypes = data.draw(st.integers(1, min(n, 12)))
+    seed = data.draw(st.integers(0, 99))
+    # Duplicates make exact ties, which both must break towards the lowest index.
+    native, exact = (
+        build(features, num_prototypes, seed, pca_components=d, backend=backend)
+        for backend in BACKENDS
+    )
+    assert torch.equal(native.labels, exact.labels)
+    assert int(native.num_iter) == int(exact.num_iter)
+
+
+@given(feature_rows(), st.integers(1, 64))
+def test_pca_captures_the_leading_variance(features, components):
+    """With one cluster the inertia is the variance that the projection keeps: the sum of the
+    leading eigenvalues of the scatter matrix.
+    """
+    n, d = features.shape
+    components = min(components, d)
+    rows = features.double()
+    scale = float(rows.abs().max()) or 1.0
+    eigenvalues = torch.linalg.svdvals((rows - rows.mean(0)) / scale).square()
+    expected = float(eigenvalues[:components].sum())
+    got = build(features, 1, pca_components=components, backend="native")
+    assert float(got.inertia) / scale**2 == pytest.approx(expected, rel=2e-4, abs=1e-10 * n)
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(256, 10, 8), (256, 100, 8), (400, 200, 32), (60, 300, 8)]
+)
+def test_quality_equals_scikit_learn(n, d, k):
+    """On logit-like rows the mean inertia over seeds is that of scikit-learn's PCA and k-means,
+    to 3 %, and the variance captured is that of its exact PCA.
+    """
+    generator = torch.Generator().manual_seed(2)
+    classes = torch.randint(d, (n,), generator=generator)
+    features = torch.randn(n, d, generator=generator)
+    features += 5 * torch.nn.functional.one_hot(classes, d)
+    components = min(d, k - 1)
+    projected = PCA(components, svd_solver="full").fit_transform(features.double().numpy())
+    ours, theirs = [], []
+    for seed in range(8):
+        ours.append(float(build(features, k, seed).inertia))
+        theirs.append(KMeans(k, n_init=1, random_state=seed, max_iter=50).fit(projected).inertia_)
+    assert sum(ours) == pytest.approx(sum(theirs), rel=0.03)
+
+
+# -- the laws that scikit-learn's k-means is tested by -----------------------
+
+
+@backends
+def test_toy_result_by_hand(backend):
+    """Two pairs on a line: means 0.5 and 10.5, four squared halves of inertia."""
+    features = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    d = build(features, 2, initial_prototypes=torch.tensor([[0.0], [11.0]]), backend=backend)
+    assert d.labels.tolist() == [0, 0, 1, 1]
+    assert d.prototypes.tolist() == [[0.5], [10.5]]
+    assert d.proportions.tolist() == [0.5, 0.5]
+    assert float(d.inertia) == pytest.approx(1.0)
+
+
+@backends
+@pytest.mark.parametrize("pca_components", ["auto", 6])
+def test_finds_separated_clusters(backend, pca_components):
+    features, members = clusters()
+    d = build(features, 3, pca_components=pca_components, backend=backend)
+    assert_same_partition(d.labels, members)
+
+
+@backends
+def test_empty_cluster_is_reseeded_at_the_farthest_row(backend):
+    """A starting centre that wins no row takes the row farthest from its own centre."""
+    features = torch.tensor([[-3.0], [-2.5], [-2.0], [2.0], [2.1], [9.0]])
+    start = torch.tensor([[-2.5], [2.0], [1000.0]])
+    d = build(features, 3, initial_prototypes=start, backend=backend, tol=0.0)
+    assert d.labels.tolist() == [0, 0, 0, 1, 1, 2]
+    sklearn = KMeans(3, init=start.numpy(), n_init=1).fit(features.numpy())
+    assert float(d.inertia) == pytest.approx(sklearn.inertia_)
+
+
+@backends
+def test_same_start_gives_scikit_learns_result(backend):
+    """From equal starting centres Lloyd's iterations are scikit-learn's."""
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(200, 5, generator=generator)
+    start = features[:7].clone()
+    theirs = KMeans(7, init=start.numpy(), n_init=1, tol=1e-4, max_iter=50).fit(features.numpy())
+    d = build(features, 7, initial_prototypes=start, pca_components=5, backend=backend)
+    assert d.labels.tolist() == theirs.labels_.tolist()
+    assert int(d.num_iter) == theirs.n_iter_
+    assert float(d.inertia) == pytest.approx(theirs.inertia_, rel=1e-5)
+
+
+@backends
+def test_one_iteration_by_hand(backend):
+    """max_iter=1 makes one step: assign to the start, move the centres, assign to them."""
+    generator = torch.Generator().manual_seed(6)
+    features = torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    start = features[:4]
+    first = torch.cdist(features, start).argmin(1)
+    moved = torch.stack([features[first == i].mean(0) for i in range(4)])
+    expected = torch.cdist(features, moved).argmin(1)
+    d = build(
+        *(features, 4),
+        initial_prototypes=start,
+        pca_components=3,
+        max_iter=1,
+        tol=0.0,
+        backend=backend,
+    )
+    assert torch.equal(d.labels, expected)
+    assert int(d.num_iter) == 1
+
+
+@backends
+def test_a_local_optimum_is_a_fixed_point(backend):
+    """Restarting from the result changes nothing."""
+    features, _ = clusters(spread=2.0)
+    first = build(features, 3, tol=0.0, pca_components=6, backend=backend)
+    again = build(
+        *(features, 3),
+        initial_prototypes=first.prototypes,
+        tol=0.0,
+        pca_components=6,
+        backend=backend,
+    )
+    assert torch.equal(first.labels, again.labels)
+    assert torch.equal(first.prototypes, again.prototypes)
+    assert int(again.num_iter) <= 2
+
+
+@backends
+def test_zero_tolerance_stops_when_labels_repeat(backend):
+    features, _ = clusters(n=300, spread=3.0)
+    d = build(features, 5, tol=0.0, max_iter=300, backend=backend)
+    assert 1 < int(d.num_iter) < 300
+
+
+@backends
+def test_more_iterations_never_raise_the_inertia(backend):
+    generator = torch.Generator().manual_seed(7)
+    features = torch.randn(150, 4, generator=generator)
+    inertias = [
+        float(build(features, 6, max_iter=m, tol=0.0, backend=backend).inertia) for m in range(1, 9)
+    ]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(inertias))
+
+
+@given(feature_rows(), st.data())
+def test_returned_quantities_agree_with_each_other(features, data):
+    """Whatever the input: proportions are the labels' frequencies, prototypes the means of the
+    original rows, inertia the distances by definition, and all is finite.
+    """
+    n, d = features.shape
+    num_prototypes = data.draw(st.integers(1, min(n, 20)))
+    got = build(features, num_prototypes, pca_components=d, backend="native")
+    rows = features.double()
+    counts = torch.bincount(got.labels, minlength=num_prototypes)
+    assert int(got.labels.min()) >= 0
+    torch.testing.assert_close(got.proportions.double(), counts / n, rtol=1e-6, atol=0.0)
+    scale = float(rows.abs().max())
+    for i in range(num_prototypes):
+        expected = rows[got.labels == i].mean(0) if counts[i] > 0 else rows.mean(0)
+        torch.testing.assert_close(
+            got.prototypes[i].double(), expected, rtol=1e-5, atol=1e-6 * scale
+        )
+    assert bool(torch.isfinite(got.prototypes).all())
+    assert bool(torch.isfinite(got.inertia))
+    # In float32 the centred rows are rounded once, which distances between duplicates show.
+    assert float(got.inertia) == pytest.approx(
+        inertia_of(rows, got.labels), rel=1e-4, abs=1e-12 * n * d * scale**2
+    )
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fewer_distinct_rows_than_prototypes(backend, dtype):
+    """Surplus prototypes have proportion 0 and finite values; the rest are the distinct rows."""
+    distinct = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.25]], dtype=dtype)
+    features = distinct[torch.arange(30) % 3]
+    d = build(features, 7, backend=backend)
+    used = d.proportions > 0
+    assert int(used.sum()) == 3
+    assert float(d.inertia) == pytest.approx(0.0, abs=1e-28)  # a mean of equal rows may round
+    assert sorted(d.prototypes[used].tolist()) == sorted(distinct.tolist())
+    assert bool(torch.isfinite(d.prototypes).all())
+
+
+@backends
+def test_as_many_prototypes_as_rows(backend):
+    features = torch.randn(9, 4)
+    d = build(features, 9, backend=backend)
+    assert sorted(d.labels.tolist()) == list(range(9))
+    assert float(d.inertia) == pytest.approx(0.0, abs=1e-9)
+    torch.testing.assert_close(d.prototypes[d.labels], features)
+
+
+@backends
+def test_one_prototype_is_the_mean(backend):
+    features = torch.randn(50, 6) + 100
+    d = build(features, 1, backend=backend)
+    torch.testing.assert_close(d.prototypes[0], features.mean(0))
+    assert d.proportions.tolist() == [1.0]
+
+
+@backends
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_does_not_matter(backend, scale):
+    """Scaling all rows scales the prototypes and leaves the labels alone, far from 1 as well."""
+    features, members = clusters()
+    d = build(features * scale, 3, backend=backend)
+    assert_same_partition(d.labels, members)
+    assert bool(torch.isfinite(d.prototypes).all())
+    plain = build(features, 3, backend=backend)
+    assert float(d.inertia) / scale**2 == pytest.approx(float(plain.inertia), rel=1e-4)
+
+
+@given(st.integers(0, 50))
+def test_translation_and_rotation_leave_the_partition(seed):
+    """k-means knows distances only."""
+    features, members = clusters()
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+    moved = features @ rotation + 20 * torch.randn(6, generator=generator)
+    for pca_components in (6, "auto"):
+        d = build(moved, 3, seed, pca_components=pca_components, backend="native")
+        assert_same_partition(d.labels, members)
+
+
+@given(st.permutations(range(30)))
+def test_permuting_the_rows_permutes_the_labels(order):
+    features, members = clusters(n=30)
+    d = build(features[order], 3, backend="native")
+    assert_same_partition(d.labels, members[order])
+
+
+@backends
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_does_not_matter_and_input_is_left_alone(backend, layout):
+    features, _ = clusters()
+    view = with_layout(features, layout)
+    before = view.clone()
+    d = build(view, 3, backend=backend)
+    plain = build(features, 3, backend=backend)
+    assert torch.equal(view, before)
+    assert torch.equal(d.labels, plain.labels)
+    assert torch.equal(d.prototypes, plain.prototypes)
+
+
+def test_half_precision_follows_float32():
+    """The narrow types are clustered in float32, as if they had been converted first."""
+    features, _ = clusters()
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = build(features.to(dtype), 3, backend="native")
+        wide = build(features.to(dtype).float(), 3, backend="native")
+        assert torch.equal(narrow.labels, wide.labels)
+        assert torch.equal(narrow.prototypes, wide.prototypes)
+        assert narrow.prototypes.dtype == torch.float32
+
+
+# -- determinism -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(300, 10, 8), (5000, 40, 16), (700, 130, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_and_repeats_change_no_bit(two_threads, n, d, k, dtype):
+    features = torch.randn(n, d, dtype=dtype)
+    one, two = two_threads(lambda: build(features, k, backend="native"))
+    again = build(features, k, backend="native")
+    for name in ("labels", "prototypes", "proportions", "inertia", "num_iter"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+        assert torch.equal(getattr(one, name), getattr(again, name)), name
+
+
+@backends
+def test_seed_decides(backend):
+    features = torch.randn(300, 10)
+    same = [build(features, 8, seed=3, backend=backend).labels for _ in range(2)]
+    assert torch.equal(*same)
+    torch.manual_seed(11)
+    first = build_confounder_dictionary(features, 8, backend=backend)
+    second = build_confounder_dictionary(features, 8, backend=backend)
+    assert not torch.equal(first.labels, second.labels)
+
+
+# -- bad input ---------------------------------------------------------------
+
+ROWS = torch.randn(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((ROWS, 12), ValueError, "num_prototypes=12 must be <= the number of feature rows, 8"),
+        ((ROWS, 0), ValueError, "num_prototypes=0 must be at least 1"),
+        ((ROWS, -1), ValueError, "num_prototypes=-1"),
+        ((ROWS, 2.5), TypeError, "num_prototypes must be an int, got float"),
+        ((ROWS, 2, 5), ValueError, "pca_components=5 must be <= the number of feature columns, 4"),
+        ((ROWS, 2, 0), ValueError, "pca_components=0 must be at least 1"),
+        ((ROWS[0], 1), ValueError, r"features must have shape \[n, d\], got \[4\]"),
+        ((ROWS[:0], 1), ValueError, "features must not be empty"),
+        ((ROWS[:, :0], 1), ValueError, "features must not be empty"),
+        ((ROWS.long(), 2), TypeError, "features must be float32.*got torch.int64"),
+        ((ROWS.tolist(), 2), TypeError, "features must be a tensor.*got list"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        build_confounder_dictionary(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"init": "random"}, ValueError, "init='random' must be one of 'greedy', 'plain'"),
+        ({"max_iter": 0}, ValueError, "max_iter=0 must be at least 1"),
+        ({"tol": -1.0}, ValueError, "tol=-1.0 must be >= 0"),
+        ({"tol": float("nan")}, ValueError, "tol=nan must be finite"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of"),
+        ({"initial_prototypes": ROWS[:3]}, ValueError, "dimension 0 must be 2"),
+        ({"initial_prototypes": ROWS[:2].to("meta")}, ValueError, "is on meta, but features is on"),
+    ],
+)
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        build_confounder_dictionary(ROWS, 2, **options)
+
+
+@backends
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_that_are_not_finite(backend, bad, dtype):
+    features = torch.randn(20, 5).to(dtype)
+    features[13, 2] = bad
+    with pytest.raises(ValueError, match="1 of 20 rows hold NaN or Inf, first row 13"):
+        build_confounder_dictionary(features, 3, backend=backend)
+    unchecked = build_confounder_dictionary(features, 3, check_finite=False, backend=backend)
+    assert bool(unchecked.inertia.isnan())
+
+
+@backends
+def test_initial_prototypes_that_are_not_finite(backend):
+    start = torch.full((2, 4), float("nan"))
+    with pytest.raises(ValueError, match="initial_prototypes must be finite"):
+        build_confounder_dictionary(ROWS, 2, initial_prototypes=start, backend=backend)
+
+
+# -- the framework -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    features = torch.randn(20, 6).to(dtype)
+    uniforms = torch.rand(4, 3, dtype=torch.float64)
+    operator = torch.ops.kdci_ext.confounder_dictionary.default
+    torch.library.opcheck(operator, (features, uniforms, None, 3, 10, 1e-4))
+    torch.library.opcheck(operator, (features, uniforms, features[:4], 6, 10, 1e-4))
+
+
+def test_compiles_without_graph_breaks():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def prior(features, uniforms):
+        found = torch.ops.kdci_ext.confounder_dictionary(features, uniforms, None, 3, 20, 1e-4)
+        return found[1] @ found[0]
+
+    for n in (20, 31):
+        features = torch.randn(n, 6)
+        uniforms = torch.rand(4, 3, dtype=torch.float64)
+        # Whatever the clusters, the proportions weigh their means to the mean of all rows.
+        torch.testing.assert_close(prior(features, uniforms), features.mean(0))
+
+
+def test_result_moves_and_describes_itself():
+    d = build(torch.randn(20, 6), 4)
+    assert (d.num_prototypes, d.num_classes) == (4, 6)
+    assert d.to("meta").labels.device.type == "meta"
+
+
+def test_build_info_names_the_build():
+    info = kdci_ext.build_info()
+    assert info["simd"] in ("baseline", "avx2", "avx512")
+    assert info["torch_target"] == "2.10"
+    assert info["compiler"]
