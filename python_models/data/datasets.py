@@ -140,7 +140,8 @@ def npz_path(dataset: str, split: str, data_root: str | Path = ".") -> Path:
     directory or under `data_root`.
     """
     name = dataset.removesuffix(".npz").removesuffix("_train").removesuffix("_test")
-    here, there = Path(name).expanduser(), Path(data_root).expanduser() / name
+    here = Path(name).expanduser()
+    there = Path(data_root).expanduser() / here
     is_here = any(Path(f"{here}_{each}.npz").is_file() for each in ("train", "test"))
     return Path(f"{here if is_here else there}_{split}.npz")
 

@@ -221,7 +221,10 @@ def _plain_or_gz(path: Path) -> Path:
 
 
 def _missing_message(spec: DatasetSpec, split: str, layouts: Sequence[Sequence[Path]]) -> str:
-    lines = [f"{spec.name}: the {split} split was not found. It can be any one of"]
+    lines = [
+        f"{spec.name}: the {split} split was not found. It can be any one of (files as they are "
+        f"or with .gz appended)"
+    ]
     for layout in layouts:
         absent = [path.name for path in layout if not _plain_or_gz(path).is_file()]
         names = ", ".join(path.name for path in layout)
