@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kmeans.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "../common/stable.h"
+#include "simd/kmeans.h"
+
+namespace kdci {
+
+template <typename T>
+void pack_columns(const T* matrix, int64_t depth, int64_t count, T* columns) {
+  for (int64_t first = 0; first < count; first += group_columns) {
+    const int64_t width = std::min(group_columns, count - first);
+    for (int64_t k = 0; k < depth; ++k) {
+      std::copy_n(matrix + k * count + first, width, columns);
+      columns += width;
+    }
+  }
+}
+
+template void pack_columns(const float*, int64_t, int64_t, float*);
+template void pack_columns(const double*, int64_t, int64_t, double*);
+
+template <typename T>
+Kmeans<T>::Kmeans(
+    Arena& arena,
+    int64_t n,
+    int64_t depth,
+    int64_t num_centers,
+    int64_t candidates)
+    : n_(n),
+      depth_(depth),
+      num_centers_(num_centers),
+      candidates_(candidates),
+      num_tiles_((n + tile_points - 1) / tile_points) {
+  tiles_ = arena.take<T>(num_tiles_ * depth * tile_points);
+  centers_ = arena.take<T>(depth * num_centers);
+  packed_ = arena.take<T>(depth * std::max(num_centers, candidates));
+  bias_ = arena.take<T>(num_centers);
+  distances_ = arena.take<T>(num_tiles_ * tile_points);
+  point_ = arena.take<T>(depth);
+  candidate_points_ = arena.take<T>(depth * candidates);
+  tile_sums_ = arena.take<double>(num_tiles_ * candidates);
+  cumulative_ = arena.take<double>(num_tiles_);
+  sums_ = arena.take<double>(depth * num_centers);
+  counts_ = arena.take<int64_t>(num_centers);
+  previous_ = arena.take<int32_t>(n);
+  moved_ = arena.take<uint64_t>(num_tiles_);
+}
+
+/// Tiles per thread at least, for a pass that multiplies every point with
+/// `columns` columns: some 20 us of work.
+template <typename T>
+int64_t Kmeans<T>::grain(int64_t columns) const {
+  return std::max<int64_t>(
+      1, (1 << 21) / (tile_points * depth_ * std::max<int64_t>(columns, 1)));
+}
+
+template <typename T>
+void Kmeans<T>::copy_point(int64_t row, T* point, int64_t stride) const {
+  const T* from =
+      tiles_ + row / tile_points * depth_ * tile_points + row % tile_points;
+  for (int64_t k = 0; k < depth_; ++k) {
+    point[k * stride] = from[k * tile_points];
+  }
+}
+
+template <typename T>
+void Kmeans<T>::choose_centers(const double* uniforms) {
+  const auto& kernels = kmeans_kernels<T>();
+  const int64_t count = num_centers_;
+  std::fill_n(distances_, n_, std::numeric_limits<T>::infinity());
+  std::fill(distances_ + n_, distances_ + num_tiles_ * tile_points, T(0));
+
+  const int64_t first =
+      std::min(n_ - 1, static_cast<int64_t>(uniforms[0] * n_));
+  copy_point(first, centers_, count);
+  copy_point(first, point_, 1);
+  // One pass over the points for each centre: it brings the distances up to
+  // date with the centre chosen last, and tries all candidates for the next.
+  const auto pass = [&](const T* chosen, int64_t candidates) {
+    torch::stable::parallel_for(
+        0, num_tiles_, grain(candidates + 1), [&](int64_t begin, int64_t end) {
+          kernels.seed_tiles(
+              tiles_,
+              depth_,
+              begin,
+              end,
+              distances_,
+              chosen,
+              packed_,
+              candidates,
+              tile_sums_);
+        });
+  };
+  pass(point_, 0);
+  const T* pending = nullptr; // the centre that distances_ lack
+  int64_t best = 0;
+  for (int64_t center = 1; center < count; ++center) {
+    const int64_t stride = pending == nullptr ? 1 : candidates_;
+    double total = 0;
+    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+      total += tile_sums_[tile * stride + best];
+      cumulative_[tile] = total;
+    }
+    if (!(total > 0)) {
+      // Fewer distinct points than centres.
+      for (int64_t k = 0; k < depth_; ++k) {
+        std::fill_n(
+            centers_ + k * count + center, count - center, centers_[k * count]);
+      }
+      return;
+    }
+    for (int64_t c = 0; c < candidates_; ++c) {
+      const double draw = uniforms[center * candidates_ + c];
+      const int64_t row = sample(draw * total, pending);
+      copy_point(row, candidate_points_ + c, candidates_);
+    }
+    if (candidates_ > 1) {
+      pack_columns(candidate_points_, depth_, candidates_, packed_);
+      pass(pending, candidates_);
+      best = 0;
+      double least = 0;
+      for (int64_t c = 0; c < candidates_; ++c) {
+        double potential = 0;
+        for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+          potential += tile_sums_[tile * candidates_ + c];
+        }
+        if (c == 0 || potential < least) {
+          least = potential;
+          best = c;
+        }
+      }
+      pending = point_;
+    }
+    for (int64_t k = 0; k < depth_; ++k) {
+      point_[k] = candidate_points_[k * candidates_ + best];
+      centers_[k * count + center] = point_[k];
+    }
+    if (candidates_ == 1) {
+      pass(point_, 0);
+    }
+  }
+}
+
+/// The first point at which the cumulative squared distances exceed
+/// `threshold`; `chosen`, unless it is null, is a centre that the distances
+/// do not know yet.
+template <typename T>
+int64_t Kmeans<T>::sample(double threshold, const T* chosen) {
+  int64_t tile =
+      std::upper_bound(cumulative_, cumulative_ + num_tiles_, threshold) -
+      cumulative_;
+  // Rounding can take the threshold to the total: then it is the last point
+  // that is no centre.
+  while (tile == num_tiles_ ||
+         (tile > 0 && cumulative_[tile] == cumulative_[tile - 1])) {
+    --tile;
+  }
+  T* distances = distances_ + tile * tile_points;
+  if (chosen != nullptr) {
+    double unused;
+    kmeans_kernels<T>().seed_tiles(
+        tiles_ + tile * depth_ * tile_points,
+        depth_,
+        0,
+        1,
+        distances,
+        chosen,
+        nullptr,
+        0,
+        &unused);
+  }
+  double sum = tile > 0 ? cumulative_[tile - 1] : 0;
+  int64_t last = 0;
+  for (int64_t i = 0; i < tile_points; ++i) {
+    sum += distances[i];
+    if (distances[i] > 0) {
+      last = i;
+      if (sum > threshold) {
+        break;
+      }
+    }
+  }
+  return tile * tile_points + last;
+}
+
+template <typename T>
+int64_t Kmeans<T>::iterate(
+    int64_t max_iter,
+    double tolerance,
+    int64_t num_columns,
+    int64_t* labels) {
+  const auto& kernels = kmeans_kernels<T>();
+  torch::stable::parallel_for(
+      0, num_tiles_, grain(1), [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          tile_sums_[tile] =
+              kernels.square_sum(tiles_ + tile * depth_ * tile_points, depth_);
+        }
+      });
+  const double variance =
+      std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0) / n_;
+  const double threshold = tolerance * variance / num_columns;
+
+  std::fill_n(labels, n_, -1);
+  for (int64_t iteration = 1; iteration <= max_iter; ++iteration) {
+    assign(labels);
+    int64_t moves = 0;
+    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+      moves += __builtin_popcountll(moved_[tile]);
+    }
+    if (moves == 0) {
+      return iteration;
+    }
+    update_sums(labels, iteration == 1 || moves > n_ / 2);
+    if (move_centers(labels) <= threshold || iteration == max_iter) {
+      assign(labels);
+      update_sums(labels, false);
+      return iteration;
+    }
+  }
+  return max_iter;
+}
+
+template <typename T>
+void Kmeans<T>::assign(int64_t* labels) {
+  const auto& kernels = kmeans_kernels<T>();
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    double square = 0;
+    for (int64_t k = 0; k < depth_; ++k) {
+      const double value = centers_[k * num_centers_ + c];
+      square += value * value;
+    }
+    bias_[c] = static_cast<T>(-square / 2);
+  }
+  pack_columns(centers_, depth_, num_centers_, packed_);
+  torch::stable::parallel_for(
+      0, num_tiles_, grain(num_centers_), [&](int64_t begin, int64_t end) {
+        kernels.assign_tiles(
+            tiles_,
+            depth_,
+            begin,
+            end,
+            n_,
+            packed_,
+            bias_,
+            num_centers_,
+            labels,
+            previous_,
+            moved_);
+      });
+}
+
+/// Brings counts and sums up to date with the labels. Threads share the
+/// coordinates out, so that every sum is made in the order of the points.
+template <typename T>
+void Kmeans<T>::update_sums(const int64_t* labels, bool from_scratch) {
+  const auto& kernels = kmeans_kernels<T>();
+  if (from_scratch) {
+    std::fill_n(counts_, num_centers_, 0);
+    std::fill_n(sums_, depth_ * num_centers_, 0.0);
+    for (int64_t i = 0; i < n_; ++i) {
+      ++counts_[labels[i]];
+    }
+  } else {
+    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+      uint64_t changes = moved_[tile];
+      for (; changes != 0; changes &= changes - 1) {
+        const int64_t i = tile * tile_points + __builtin_ctzll(changes);
+        --counts_[previous_[i]];
+        ++counts_[labels[i]];
+      }
+    }
+  }
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / n_);
+  torch::stable::parallel_for(
+      0, depth_, grain, [&](int64_t first, int64_t last) {
+        if (from_scratch) {
+          kernels.add_points(
+              tiles_, depth_, first, last, n_, labels, num_centers_, sums_);
+        } else {
+          kernels.move_points(
+              tiles_,
+              depth_,
+              first,
+              last,
+              n_,
+              labels,
+              previous_,
+              moved_,
+              num_centers_,
+              sums_);
+        }
+      });
+}
+
+/// Moves the centres to the means of their clusters and returns the sum of
+/// the squared shifts. An empty cluster takes the point farthest from its own
+/// centre, as in scikit-learn; it stays where it is if all points are centres.
+template <typename T>
+double Kmeans<T>::move_centers(const int64_t* labels) {
+  const double* sums = sums_;
+  const int64_t* counts = counts_;
+  std::vector<double> adjusted_sums;
+  std::vector<int64_t> adjusted_counts;
+  const int64_t num_empty = std::count(counts_, counts_ + num_centers_, 0);
+  if (num_empty > 0 && own_distances(labels) > 0) {
+    adjusted_sums.assign(sums_, sums_ + depth_ * num_centers_);
+    adjusted_counts.assign(counts_, counts_ + num_centers_);
+    std::vector<int64_t> rows(n_);
+    std::iota(rows.begin(), rows.end(), 0);
+    std::partial_sort(
+        rows.begin(),
+        rows.begin() + num_empty,
+        rows.end(),
+        [&](int64_t a, int64_t b) {
+          return distances_[a] > distances_[b] ||
+              (distances_[a] == distances_[b] && a < b);
+        });
+    auto row = rows.begin();
+    for (int64_t c = 0; c < num_centers_; ++c) {
+      if (counts_[c] != 0 || !(distances_[*row] > 0)) {
+        continue;
+      }
+      const int64_t donor = labels[*row];
+      copy_point(*row, point_, 1);
+      for (int64_t k = 0; k < depth_; ++k) {
+        adjusted_sums[k * num_centers_ + donor] -= point_[k];
+        adjusted_sums[k * num_centers_ + c] = point_[k];
+      }
+      --adjusted_counts[donor];
+      adjusted_counts[c] = 1;
+      if (++row == rows.begin() + num_empty) {
+        break;
+      }
+    }
+    sums = adjusted_sums.data();
+    counts = adjusted_counts.data();
+  }
+  double shift = 0;
+  for (int64_t k = 0; k < depth_; ++k) {
+    for (int64_t c = 0; c < num_centers_; ++c) {
+      if (counts[c] > 0) {
+        T& center = centers_[k * num_centers_ + c];
+        const T mean = static_cast<T>(sums[k * num_centers_ + c] / counts[c]);
+        const double step =
+            static_cast<double>(mean) - static_cast<double>(center);
+        shift += step * step;
+        center = mean;
+      }
+    }
+  }
+  return shift;
+}
+
+/// Fills distances_ with the squared distance of each point to its centre;
+/// returns their sum.
+template <typename T>
+double Kmeans<T>::own_distances(const int64_t* labels) {
+  const auto& kernels = kmeans_kernels<T>();
+  torch::stable::parallel_for(
+      0, num_tiles_, grain(4), [&](int64_t begin, int64_t end) {
+        kernels.own_distances(
+            tiles_,
+            depth_,
+            begin,
+            end,
+            n_,
+            centers_,
+            num_centers_,
+            labels,
+            distances_,
+            tile_sums_);
+      });
+  return std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0);
+}
+
+template <typename T>
+double Kmeans<T>::inertia(const int64_t* labels) {
+  return own_distances(labels);
+}
+
+template class Kmeans<float>;
+template class Kmeans<double>;
+
+} // namespace kdci

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// k-means on points stored in tiles (see simd/kmeans.h): k-means++ and Lloyd's
+// iterations. Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "arena.h"
+
+namespace kdci {
+
+/// Copies the columns of matrix [depth, count] into groups of 6 columns; a
+/// group takes depth * 6 values, the last one depth * (as many as are left).
+template <typename T>
+void pack_columns(const T* matrix, int64_t depth, int64_t count, T* columns);
+
+/// Clusters n points of `depth` coordinates into K clusters.
+template <typename T>
+class Kmeans {
+ public:
+  Kmeans(
+      Arena& arena,
+      int64_t n,
+      int64_t depth,
+      int64_t num_centers,
+      int64_t candidates);
+
+  /// Where the points go: tiles of 64.
+  T* tiles() {
+    return tiles_;
+  }
+
+  /// Centres [depth, K]: the start of `iterate` and its result.
+  T* centers() {
+    return centers_;
+  }
+
+  /// Chooses points as centres by k-means++ (Arthur & Vassilvitskii, SODA
+  /// 2007), with uniforms [K, candidates]: of several candidates the one that
+  /// leaves the least potential is kept.
+  void choose_centers(const double* uniforms);
+
+  /// Lloyd's iterations until no label changes, or the squared shift of the
+  /// centres is at most `tolerance` times the points' variance, a mean over
+  /// `num_columns` columns. Writes labels [n]; returns the iterations made.
+  int64_t iterate(
+      int64_t max_iter,
+      double tolerance,
+      int64_t num_columns,
+      int64_t* labels);
+
+  /// Sum of the squared distances of the points to their centres.
+  double inertia(const int64_t* labels);
+
+  /// Rows in each cluster [K].
+  const int64_t* counts() const {
+    return counts_;
+  }
+
+ private:
+  void lower_nearest(int64_t row, int64_t candidates);
+  int64_t sample(double threshold, const T* chosen);
+  void copy_point(int64_t row, T* point, int64_t stride) const;
+  void assign(int64_t* labels);
+  void update_sums(const int64_t* labels, bool from_scratch);
+  double move_centers(const int64_t* labels);
+  double own_distances(const int64_t* labels);
+  int64_t grain(int64_t columns) const;
+
+  int64_t n_;
+  int64_t depth_;
+  int64_t num_centers_;
+  int64_t candidates_;
+  int64_t num_tiles_;
+
+  T* tiles_;            // [num_tiles, depth, 64]
+  T* centers_;          // [depth, K]
+  T* packed_;           // centres or candidates, packed
+  T* bias_;             // [K]
+  T* distances_;        // [num_tiles * 64]
+  T* point_;            // [depth]
+  T* candidate_points_; // [depth, candidates]
+  double* tile_sums_;   // [num_tiles, candidates]
+  double* cumulative_;  // [num_tiles]
+  double* sums_;        // [depth, K]
+  int64_t* counts_;     // [K]
+  int32_t* previous_;   // [n]
+  uint64_t* moved_;     // [num_tiles]
+};
+
+} // namespace kdci

@@ -1,0 +1,548 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kmeans.h"
+
+#include "vec.h"
+
+#define KDCI_INLINE inline __attribute__((always_inline))
+
+namespace kdci::KDCI_SIMD {
+namespace {
+
+// Vectors of points that are in work at once: with 6 columns that is 24 of the
+// 32 registers of AVX-512, else 12 of 16.
+constexpr int64_t num_vectors = vector_bytes == 64 ? 4 : 2;
+
+template <typename T>
+constexpr int64_t block_points = num_vectors * lanes<T>;
+
+template <typename T>
+using Mask = decltype(Vec<T>{} > Vec<T>{});
+
+template <typename T, int columns>
+using Block = Vec<T>[columns][num_vectors];
+
+/// block += columns [depth][width] . points [depth][64], or with `squared`
+/// the squared differences of the two.
+template <bool squared, typename T, int width>
+KDCI_INLINE void accumulate(
+    const T* points,
+    int64_t depth,
+    const T* columns,
+    Block<T, width>& block) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> point[num_vectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < num_vectors; ++v) {
+      point[v] = load(points + v * lanes<T>);
+    }
+#pragma GCC unroll 6
+    for (int c = 0; c < width; ++c) {
+      const Vec<T> column = broadcast(columns[c]);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < num_vectors; ++v) {
+        if constexpr (squared) {
+          const Vec<T> difference = point[v] - column;
+          block[c][v] += difference * difference;
+        } else {
+          block[c][v] += point[v] * column;
+        }
+      }
+    }
+    points += tile_points;
+    columns += width;
+  }
+}
+
+/// Calls `body` with the width of each group of packed columns as a type and
+/// the index of the group's first column.
+template <int width>
+struct Width {
+  static constexpr int value = width;
+};
+
+template <typename Body>
+KDCI_INLINE void for_groups(int64_t columns, Body body) {
+  int64_t first = 0;
+  for (; first + 6 <= columns; first += 6) {
+    body(Width<6>(), first);
+  }
+  switch (columns - first) {
+    case 5:
+      body(Width<5>(), first);
+      break;
+    case 4:
+      body(Width<4>(), first);
+      break;
+    case 3:
+      body(Width<3>(), first);
+      break;
+    case 2:
+      body(Width<2>(), first);
+      break;
+    case 1:
+      body(Width<1>(), first);
+      break;
+  }
+}
+
+// -- Sums in double ----------------------------------------------------------
+
+KDCI_INLINE Vec<double> widen(const double* from) {
+  return load(from);
+}
+
+KDCI_INLINE Vec<double> widen(const float* from) {
+  typedef float Half __attribute__((
+      vector_size(vector_bytes / 2), aligned(alignof(float)), may_alias));
+  return __builtin_convertvector(
+      *reinterpret_cast<const Half*>(from), Vec<double>);
+}
+
+KDCI_INLINE double sum_lanes(Vec<double> values) {
+  double sum = 0;
+  for (int64_t i = 0; i < lanes<double>; ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+/// Sum of `count` values, a multiple of 64.
+template <typename T>
+KDCI_INLINE double sum_all(const T* values, int64_t count) {
+  Vec<double> sums[4] = {};
+  for (int64_t i = 0; i < count; i += 4 * lanes<double>) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) {
+      sums[v] += widen(values + i + v * lanes<double>);
+    }
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <typename T>
+double square_sum(const T* tile, int64_t depth) {
+  Vec<double> sums[4] = {};
+  for (int64_t i = 0; i < depth * tile_points; i += 4 * lanes<double>) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) {
+      const Vec<double> value = widen(tile + i + v * lanes<double>);
+      sums[v] += value * value;
+    }
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// -- Rows --------------------------------------------------------------------
+
+/// The values from `from` on; what lies past `end` is replaced by zeros.
+template <typename T>
+KDCI_INLINE Vec<T> load_before(const T* from, const T* end) {
+  if (from + lanes<T> <= end) {
+    return load(from);
+  }
+  T values[lanes<T>] = {};
+  for (int64_t i = 0; from + i < end; ++i) {
+    values[i] = from[i];
+  }
+  return load(values);
+}
+
+template <typename T>
+void column_stats(
+    const T* rows,
+    int64_t n,
+    int64_t d,
+    const T* rows_end,
+    double* sum,
+    T* low,
+    T* high) {
+  constexpr int64_t halves = sizeof(double) / sizeof(T);
+  // The vectors at the right edge reach into the next row; what they hold
+  // there is dropped.
+  for (int64_t k = 0; k < d; k += lanes<T>) {
+    Vec<double> sums[halves] = {};
+    Vec<T> lows = load_before(rows + k, rows_end);
+    Vec<T> highs = lows;
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<T> value = load_before(rows + i * d + k, rows_end);
+      T values[lanes<T>];
+      store(values, value);
+      for (int64_t h = 0; h < halves; ++h) {
+        sums[h] += widen(values + h * lanes<double>);
+      }
+      lows = value < lows ? value : lows;
+      highs = value > highs ? value : highs;
+    }
+    const int64_t width = d - k < lanes<T> ? d - k : lanes<T>;
+    for (int64_t j = 0; j < width; ++j) {
+      sum[k + j] += sums[j / lanes<double>][j % lanes<double>];
+      low[k + j] = lows[j] < low[k + j] ? lows[j] : low[k + j];
+      high[k + j] = highs[j] > high[k + j] ? highs[j] : high[k + j];
+    }
+  }
+}
+
+template <typename T>
+void center_rows(
+    const T* __restrict rows,
+    int64_t n,
+    int64_t d,
+    const T* __restrict shift,
+    T scale,
+    T* __restrict centered) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < d; ++k) {
+      centered[i * d + k] = rows[i * d + k] * scale - shift[k];
+    }
+  }
+}
+
+template <int... indices>
+struct Indices {};
+
+template <int count, int... tail>
+struct IndicesUpTo : IndicesUpTo<count - 1, count - 1, tail...> {};
+
+template <int... indices>
+struct IndicesUpTo<0, indices...> {
+  using type = Indices<indices...>;
+};
+
+/// Swaps the two off-diagonal quarters of pairs of rows `step` apart.
+template <int step, typename T, int... j>
+KDCI_INLINE void exchange(Vec<T>& upper, Vec<T>& lower, Indices<j...>) {
+  constexpr int width = sizeof...(j);
+  const Vec<T> a = upper;
+  const Vec<T> b = lower;
+  upper = __builtin_shufflevector(a, b, ((j & step) ? width + j - step : j)...);
+  lower = __builtin_shufflevector(a, b, ((j & step) ? width + j : j + step)...);
+}
+
+template <int step, typename T>
+KDCI_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
+  if constexpr (step > 0) {
+    using AllLanes = typename IndicesUpTo<lanes<T>>::type;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes<T>; ++i) {
+      if ((i & step) == 0) {
+        exchange<step, T>(rows[i], rows[i + step], AllLanes());
+      }
+    }
+    transpose<step / 2, T>(rows);
+  }
+}
+
+template <typename T>
+void center_tile(
+    const T* rows,
+    int64_t count,
+    int64_t d,
+    const T* rows_end,
+    const T* shift,
+    T scale,
+    T* tile) {
+  const Vec<T> scales = broadcast(scale);
+  for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+    for (int64_t k = 0; k < d; k += lanes<T>) {
+      const Vec<T> shifts = load(shift + k);
+      Vec<T> block[lanes<T>];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes<T>; ++r) {
+        block[r] = i + r < count
+            ? load_before(rows + (i + r) * d + k, rows_end) * scales - shifts
+            : Vec<T>{};
+      }
+      transpose<lanes<T> / 2, T>(block);
+      if (k + lanes<T> <= d) {
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < lanes<T>; ++c) {
+          store(tile + (k + c) * tile_points + i, block[c]);
+        }
+      } else {
+        for (int64_t c = 0; c < d - k; ++c) {
+          store(tile + (k + c) * tile_points + i, block[c]);
+        }
+      }
+    }
+  }
+}
+
+// -- Points ------------------------------------------------------------------
+
+template <typename T>
+void project_tile(
+    const T* tile,
+    int64_t depth,
+    const T* columns,
+    int64_t q,
+    T* projected) {
+  for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+    for_groups(
+        q, [&](auto group, int64_t first) __attribute__((always_inline)) {
+          constexpr int width = decltype(group)::value;
+          Block<T, width> block = {};
+          accumulate<false, T, width>(
+              tile + i, depth, columns + first * depth, block);
+#pragma GCC unroll 6
+          for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < num_vectors; ++v) {
+              store(
+                  projected + (first + c) * tile_points + i + v * lanes<T>,
+                  block[c][v]);
+            }
+          }
+        });
+  }
+}
+
+template <typename T>
+void seed_tiles(
+    const T* tiles,
+    int64_t depth,
+    int64_t begin,
+    int64_t end,
+    T* nearest,
+    const T* chosen,
+    const T* columns,
+    int64_t candidates,
+    double* sums) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const T* points = tiles + tile * depth * tile_points;
+    T* lowest = nearest + tile * tile_points;
+    if (chosen != nullptr) {
+      for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+        Block<T, 1> block = {};
+        accumulate<true, T, 1>(points + i, depth, chosen, block);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < num_vectors; ++v) {
+          const Vec<T> old = load(lowest + i + v * lanes<T>);
+          store(
+              lowest + i + v * lanes<T>, block[0][v] < old ? block[0][v] : old);
+        }
+      }
+    }
+    if (candidates == 0) {
+      sums[tile] = sum_all(lowest, tile_points);
+      continue;
+    }
+    T potentials[group_columns][tile_points];
+    for_groups(
+        candidates,
+        [&](auto group, int64_t first) __attribute__((always_inline)) {
+          constexpr int width = decltype(group)::value;
+          for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+            Block<T, width> block = {};
+            accumulate<true, T, width>(
+                points + i, depth, columns + first * depth, block);
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < num_vectors; ++v) {
+              const Vec<T> old = load(lowest + i + v * lanes<T>);
+#pragma GCC unroll 6
+              for (int c = 0; c < width; ++c) {
+                store(
+                    potentials[c] + i + v * lanes<T>,
+                    block[c][v] < old ? block[c][v] : old);
+              }
+            }
+          }
+          for (int c = 0; c < width; ++c) {
+            sums[tile * candidates + first + c] =
+                sum_all(potentials[c], tile_points);
+          }
+        });
+  }
+}
+
+template <typename T>
+void assign_tiles(
+    const T* tiles,
+    int64_t depth,
+    int64_t begin,
+    int64_t end,
+    int64_t n,
+    const T* columns,
+    const T* bias,
+    int64_t num_centers,
+    int64_t* labels,
+    int32_t* previous,
+    uint64_t* moved) {
+  using Index = Mask<T>;
+  using IndexLane = decltype(Index{}[0] + 0);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const T* points = tiles + tile * depth * tile_points;
+    IndexLane nearest[tile_points];
+    for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+      Vec<T> best[num_vectors];
+      Index index[num_vectors];
+      for (int64_t v = 0; v < num_vectors; ++v) {
+        best[v] = broadcast(static_cast<T>(-__builtin_inf()));
+        index[v] = Index{};
+      }
+      for_groups(
+          num_centers,
+          [&](auto group, int64_t first) __attribute__((always_inline)) {
+            constexpr int width = decltype(group)::value;
+            Block<T, width> block;
+#pragma GCC unroll 6
+            for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+              for (int64_t v = 0; v < num_vectors; ++v) {
+                block[c][v] = broadcast(bias[first + c]);
+              }
+            }
+            accumulate<false, T, width>(
+                points + i, depth, columns + first * depth, block);
+#pragma GCC unroll 6
+            for (int c = 0; c < width; ++c) {
+              const Index center = static_cast<IndexLane>(first + c) - Index{};
+#pragma GCC unroll 4
+              for (int64_t v = 0; v < num_vectors; ++v) {
+                const Index better = block[c][v] > best[v];
+                best[v] = better ? block[c][v] : best[v];
+                index[v] = better ? center : index[v];
+              }
+            }
+          });
+      for (int64_t v = 0; v < num_vectors; ++v) {
+        for (int64_t j = 0; j < lanes<T>; ++j) {
+          nearest[i + v * lanes<T> + j] = index[v][j];
+        }
+      }
+    }
+    const int64_t start = tile * tile_points;
+    const int64_t count = n - start < tile_points ? n - start : tile_points;
+    uint64_t changes = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t old = labels[start + i];
+      changes |= static_cast<uint64_t>(old != nearest[i]) << i;
+      previous[start + i] = static_cast<int32_t>(old);
+      labels[start + i] = nearest[i];
+    }
+    moved[tile] = changes;
+  }
+}
+
+template <typename T>
+void add_points(
+    const T* tiles,
+    int64_t depth,
+    int64_t first,
+    int64_t last,
+    int64_t n,
+    const int64_t* labels,
+    int64_t num_centers,
+    double* sums) {
+  for (int64_t start = 0; start < n; start += tile_points) {
+    const int64_t count = n - start < tile_points ? n - start : tile_points;
+    for (int64_t k = first; k < last; ++k) {
+      const T* points = tiles + start * depth + k * tile_points;
+      double* sum = sums + k * num_centers;
+      for (int64_t i = 0; i < count; ++i) {
+        sum[labels[start + i]] += points[i];
+      }
+    }
+  }
+}
+
+template <typename T>
+void move_points(
+    const T* tiles,
+    int64_t depth,
+    int64_t first,
+    int64_t last,
+    int64_t n,
+    const int64_t* labels,
+    const int32_t* previous,
+    const uint64_t* moved,
+    int64_t num_centers,
+    double* sums) {
+  for (int64_t start = 0; start < n; start += tile_points) {
+    const T* points = tiles + start * depth;
+    uint64_t changes = moved[start / tile_points];
+    for (; changes != 0; changes &= changes - 1) {
+      const int64_t i = __builtin_ctzll(changes);
+      double* from = sums + previous[start + i];
+      double* to = sums + labels[start + i];
+      for (int64_t k = first; k < last; ++k) {
+        const double value = points[k * tile_points + i];
+        from[k * num_centers] -= value;
+        to[k * num_centers] += value;
+      }
+    }
+  }
+}
+
+template <typename T>
+void own_distances(
+    const T* tiles,
+    int64_t depth,
+    int64_t begin,
+    int64_t end,
+    int64_t n,
+    const T* centers,
+    int64_t num_centers,
+    const int64_t* labels,
+    T* distances,
+    double* sums) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t start = tile * tile_points;
+    const int64_t count = n - start < tile_points ? n - start : tile_points;
+    const T* points = tiles + start * depth;
+    double squares[tile_points] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* center = centers + k * num_centers;
+      for (int64_t i = 0; i < count; ++i) {
+        const double difference =
+            static_cast<double>(points[k * tile_points + i]) -
+            static_cast<double>(center[labels[start + i]]);
+        squares[i] += difference * difference;
+      }
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      distances[start + i] = static_cast<T>(squares[i]);
+      sum += squares[i];
+    }
+    sums[tile] = sum;
+  }
+}
+
+template <typename T>
+void add_rows(
+    const T* __restrict rows,
+    int64_t n,
+    int64_t d,
+    int64_t first,
+    int64_t last,
+    const int64_t* __restrict labels,
+    double* __restrict sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    double* sum = sums + labels[i] * d;
+    for (int64_t k = first; k < last; ++k) {
+      sum[k] += rows[i * d + k];
+    }
+  }
+}
+
+template <typename T>
+constexpr KmeansKernels<T> table = {
+    column_stats<T>,
+    center_rows<T>,
+    center_tile<T>,
+    project_tile<T>,
+    square_sum<T>,
+    seed_tiles<T>,
+    assign_tiles<T>,
+    add_points<T>,
+    move_points<T>,
+    own_distances<T>,
+    add_rows<T>,
+};
+
+} // namespace
+
+extern const KmeansKernels<float> kmeans_kernels_float = table<float>;
+extern const KmeansKernels<double> kmeans_kernels_double = table<double>;
+
+} // namespace kdci::KDCI_SIMD
