@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unlabelled images from folders, arrays and datasets, brought to the size of the task."""
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ def _read_folder(folder: Path, image_size: int, channels: int, limit: int | None
         raise MissingDataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
     if limit is not None and limit < len(paths):
         paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    importlib.import_module("PIL.Image")  # its absence is no fault of the images
     images = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
 
     def read_into(row: int) -> str | None:
@@ -130,7 +132,7 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 
 def _read_image(path: Path, image_size: int, channels: int) -> Tensor:
-    from PIL import Image
+    from PIL import Image  # only folders need Pillow
 
     mode = "L" if channels == 1 else "RGB"
     with Image.open(path) as image:
