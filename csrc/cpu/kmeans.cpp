@@ -123,6 +123,8 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
     if (candidates_ > 1) {
       pack_columns(candidate_points_, depth_, candidates_, packed_);
       pass(pending, candidates_);
+      // Equal potentials are common (either of the last two rows leaves their
+      // distance), and must not be told apart by rounding.
       best = 0;
       double least = 0;
       for (int64_t c = 0; c < candidates_; ++c) {
@@ -130,7 +132,7 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
         for (int64_t tile = 0; tile < num_tiles_; ++tile) {
           potential += tile_sums_[tile * candidates_ + c];
         }
-        if (c == 0 || potential < least) {
+        if (c == 0 || potential < least * (1 - 1e-6)) {
           least = potential;
           best = c;
         }
@@ -230,15 +232,24 @@ int64_t Kmeans<T>::iterate(
 template <typename T>
 void Kmeans<T>::assign(int64_t* labels) {
   const auto& kernels = kmeans_kernels<T>();
-  for (int64_t c = 0; c < num_centers_; ++c) {
-    double square = 0;
-    for (int64_t k = 0; k < depth_; ++k) {
-      const double value = centers_[k * num_centers_ + c];
-      square += value * value;
-    }
-    bias_[c] = static_cast<T>(-square / 2);
-  }
+  // Clusters of a few rows can be closer to each other than the products
+  // resolve, and where there is little to do exactness costs nothing.
+  const bool exact =
+      n_ <= 16 * num_centers_ || n_ * num_centers_ * depth_ <= (1 << 18);
   pack_columns(centers_, depth_, num_centers_, packed_);
+  if (!exact) {
+    for (int64_t i = 0; i < depth_ * num_centers_; ++i) {
+      packed_[i] = -packed_[i];
+    }
+    for (int64_t c = 0; c < num_centers_; ++c) {
+      double square = 0;
+      for (int64_t k = 0; k < depth_; ++k) {
+        const double value = centers_[k * num_centers_ + c];
+        square += value * value;
+      }
+      bias_[c] = static_cast<T>(square / 2);
+    }
+  }
   torch::stable::parallel_for(
       0, num_tiles_, grain(num_centers_), [&](int64_t begin, int64_t end) {
         kernels.assign_tiles(
@@ -248,7 +259,7 @@ void Kmeans<T>::assign(int64_t* labels) {
             end,
             n_,
             packed_,
-            bias_,
+            exact ? nullptr : bias_,
             num_centers_,
             labels,
             previous_,

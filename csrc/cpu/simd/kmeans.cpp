@@ -354,6 +354,57 @@ void seed_tiles(
   }
 }
 
+/// The nearest of the packed columns for each point of a tile.
+template <bool exact, typename T, typename IndexLane>
+KDCI_INLINE void nearest_columns(
+    const T* points,
+    int64_t depth,
+    const T* columns,
+    const T* bias,
+    int64_t num_columns,
+    IndexLane* nearest) {
+  using Index = Mask<T>;
+  for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+    Vec<T> best[num_vectors];
+    Index index[num_vectors];
+    for (int64_t v = 0; v < num_vectors; ++v) {
+      best[v] = broadcast(static_cast<T>(__builtin_inf()));
+      index[v] = Index{};
+    }
+    for_groups(
+        num_columns,
+        [&](auto group, int64_t first) __attribute__((always_inline)) {
+          constexpr int width = decltype(group)::value;
+          Block<T, width> block;
+#pragma GCC unroll 6
+          for (int c = 0; c < width; ++c) {
+            const Vec<T> start = exact ? Vec<T>{} : broadcast(bias[first + c]);
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < num_vectors; ++v) {
+              block[c][v] = start;
+            }
+          }
+          accumulate<exact, T, width>(
+              points + i, depth, columns + first * depth, block);
+#pragma GCC unroll 6
+          for (int c = 0; c < width; ++c) {
+            const Index center = static_cast<IndexLane>(first + c) - Index{};
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < num_vectors; ++v) {
+              const Index better = block[c][v] < best[v];
+              best[v] = better ? block[c][v] : best[v];
+              index[v] = better ? center : index[v];
+            }
+          }
+        });
+    for (int64_t v = 0; v < num_vectors; ++v) {
+      for (int64_t j = 0; j < lanes<T>; ++j) {
+        nearest[i + v * lanes<T> + j] = index[v][j];
+      }
+    }
+  }
+}
+
 template <typename T>
 void assign_tiles(
     const T* tiles,
@@ -367,48 +418,14 @@ void assign_tiles(
     int64_t* labels,
     int32_t* previous,
     uint64_t* moved) {
-  using Index = Mask<T>;
-  using IndexLane = decltype(Index{}[0] + 0);
   for (int64_t tile = begin; tile < end; ++tile) {
     const T* points = tiles + tile * depth * tile_points;
-    IndexLane nearest[tile_points];
-    for (int64_t i = 0; i < tile_points; i += block_points<T>) {
-      Vec<T> best[num_vectors];
-      Index index[num_vectors];
-      for (int64_t v = 0; v < num_vectors; ++v) {
-        best[v] = broadcast(static_cast<T>(-__builtin_inf()));
-        index[v] = Index{};
-      }
-      for_groups(
-          num_centers,
-          [&](auto group, int64_t first) __attribute__((always_inline)) {
-            constexpr int width = decltype(group)::value;
-            Block<T, width> block;
-#pragma GCC unroll 6
-            for (int c = 0; c < width; ++c) {
-#pragma GCC unroll 4
-              for (int64_t v = 0; v < num_vectors; ++v) {
-                block[c][v] = broadcast(bias[first + c]);
-              }
-            }
-            accumulate<false, T, width>(
-                points + i, depth, columns + first * depth, block);
-#pragma GCC unroll 6
-            for (int c = 0; c < width; ++c) {
-              const Index center = static_cast<IndexLane>(first + c) - Index{};
-#pragma GCC unroll 4
-              for (int64_t v = 0; v < num_vectors; ++v) {
-                const Index better = block[c][v] > best[v];
-                best[v] = better ? block[c][v] : best[v];
-                index[v] = better ? center : index[v];
-              }
-            }
-          });
-      for (int64_t v = 0; v < num_vectors; ++v) {
-        for (int64_t j = 0; j < lanes<T>; ++j) {
-          nearest[i + v * lanes<T> + j] = index[v][j];
-        }
-      }
+    decltype(Mask<T>{}[0] + 0) nearest[tile_points];
+    if (bias == nullptr) {
+      nearest_columns<true>(points, depth, columns, bias, num_centers, nearest);
+    } else {
+      nearest_columns<false>(
+          points, depth, columns, bias, num_centers, nearest);
     }
     const int64_t start = tile * tile_points;
     const int64_t count = n - start < tile_points ? n - start : tile_points;

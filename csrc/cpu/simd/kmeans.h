@@ -80,9 +80,12 @@ struct KmeansKernels {
       int64_t candidates,
       double* sums);
 
-  /// Assigns the points of tiles [begin, end) to the centre of the greatest
-  /// score bias + x.c, where bias = -|c|^2 / 2 (ties: the lowest index). Old
-  /// labels go to `previous`; bit i of moved[tile] says that point i changed.
+  /// Assigns the points of tiles [begin, end) to their nearest centres (ties:
+  /// the lowest index). Where `bias` is null the columns are the centres;
+  /// else they are -c and bias = |c|^2 / 2, and bias - x.c is compared, in half
+  /// the time but blind to differences that rounding of the products hides.
+  /// Old labels go to `previous`; bit i of moved[tile] says that point i
+  /// changed.
   void (*assign_tiles)(
       const T* tiles,
       int64_t depth,
