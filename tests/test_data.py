@@ -95,8 +95,8 @@ def test_cifar10_pickles(tmp_path: Path) -> None:
     folder.mkdir()
     arrays = []
     for i in range(1, 6):
-        data, batch = cifar_batch(3, "labels", seed=i)
-        arrays.append(data)
+        array, batch = cifar_batch(3, "labels", seed=i)
+        arrays.append(array)
         (folder / f"data_batch_{i}").write_bytes(pickle.dumps(batch, protocol=2))
     data = load_labelled("cifar10", "train", tmp_path)
     assert data.images.shape == (15, 3, 32, 32)
@@ -798,7 +798,7 @@ def test_reservoir_holds_distinct_images_of_all_it_saw(capacity: int, adds: list
 @pytest.mark.parametrize("batch", [1, 7, 50])
 def test_reservoir_is_uniform(batch: int) -> None:
     """However the images arrive, each is kept with probability capacity / seen."""
-    capacity, seen, repeats = 10, 50, 400
+    capacity, seen, repeats = 10, 50, 200
     counts = torch.zeros(seen)
     for seed in range(repeats):
         pool = ImagePool(capacity, (1, 1, 1), policy="reservoir", seed=seed)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random augmentations of whole batches, on any device and differentiable."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,7 +82,7 @@ class _ShiftFlip(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         images: Tensor,
         down: Tensor,
         right: Tensor,
@@ -88,15 +90,13 @@ class _ShiftFlip(torch.autograd.Function):
         padding: int,
     ) -> Tensor:
         ctx.save_for_backward(down, right, flips)
-        ctx.padding = padding  # type: ignore[attr-defined]
+        ctx.padding = padding
         return _shift_flip(images, down, right, flips, padding)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
-        down, right, flips = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        down, right, flips = ctx.saved_tensors
         # Mirroring after a shift is mirroring before the opposite shift.
         back = torch.where(flips, right, -right)
-        grad_images = _ShiftFlip.apply(grad, -down, back, flips, ctx.padding)  # type: ignore[attr-defined]
+        grad_images = _ShiftFlip.apply(grad, -down, back, flips, ctx.padding)
         return grad_images, None, None, None, None

@@ -233,9 +233,10 @@ class _OpenNpz:
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """Returns one array."""
-        return self._with_member(
+        array: npt.NDArray[Any] = self._with_member(
             name, lambda member: np.lib.format.read_array(member, allow_pickle=False)
         )
+        return array
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of one array from its header alone."""
@@ -246,7 +247,8 @@ class _OpenNpz:
                 return np.lib.format.read_array_header_1_0(member)[0]
             return np.lib.format.read_array_header_2_0(member)[0]
 
-        return self._with_member(name, read_shape)
+        shape: tuple[int, ...] = self._with_member(name, read_shape)
+        return shape
 
     def _with_member(self, name: str, read: Callable[[Any], Any]) -> Any:
         if name not in self.names():

@@ -62,7 +62,8 @@ def fit(images: Tensor, image_size: int, channels: int) -> Tensor:
     images = images[..., top : top + side, left : left + side]
     grey = channels < images.shape[1]
     if side != image_size or grey:
-        images = torch.cat([_fit_chunk(chunk, image_size, grey) for chunk in images.split(_CHUNK)])
+        chunks = torch.split(images, _CHUNK)
+        images = torch.cat([_fit_chunk(chunk, image_size, grey) for chunk in chunks])
     return images.expand(-1, channels, -1, -1).contiguous()
 
 

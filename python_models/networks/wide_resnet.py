@@ -27,7 +27,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [b, in_channels, h, w] to [b, out_channels, h / stride, w / stride]."""
         activated = F.relu(self.bn1(x), inplace=True)
-        out = F.relu(self.bn2(self.conv1(activated)), inplace=True)
+        out: Tensor = F.relu(self.bn2(self.conv1(activated)), inplace=True)
         out = self.conv2(out)
         # A shape-changing shortcut starts from the activated input, an identity from the raw one.
         out += x if self.shortcut is None else self.shortcut(activated)
