@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that outlive a run: checkpoints to resume from, and networks to deploy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from python_models.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is at every instant either the old one or the new one, complete.
+
+    Args:
+        path: The file.
+        write: Writes the contents to the path it is given.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written; the old file is kept.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    # torch reports a full disk as a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "; the previous one is kept" if path.exists() else ""
+        raise UserError(f"cannot write {path}{kept}: {error}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Save a training state of tensors and plain values, atomically."""
+    write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load what `save_checkpoint` saved, on the CPU, without running any code in it.
+
+    Raises:
+        UserError: If the file cannot be read or is damaged.
+    """
+    return _torch_load(path, "checkpoint")
+
+
+def _torch_load(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no {kind} at {path}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors and cannot be loaded safely as a {kind}: save its "
+            "`state_dict()` instead"
+        ) from error
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no {kind}: {error}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} must hold a dict, got {type(state).__name__}")
+    return state
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What must be known to use a network's weights; stored in the file's metadata."""
+
+    network: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dataset: str | None = None
+
+
+def export_network(path: Path, network: nn.Module, info: NetworkInfo) -> None:
+    """Save weights as safetensors that describe themselves."""
+    from safetensors.torch import save
+
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+    }
+    metadata = {"format": "pt", "kdci": json.dumps(asdict(info))}
+    contents = save(tensors, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(contents))
+
+
+def read_info(path: Path) -> NetworkInfo | None:
+    """Return the description in a .safetensors file, or None if it has none.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except FileNotFoundError as error:
+        raise UserError(f"no weights at {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    if "kdci" not in metadata:
+        return None
+    values = json.loads(metadata["kdci"])
+    for name in ("image_shape", "mean", "std"):
+        values[name] = tuple(values[name])
+    return NetworkInfo(**values)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from .safetensors, or from a file of `torch.save`, running no code.
+
+    Raises:
+        UserError: If the file is missing, damaged or holds no state dict.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except FileNotFoundError as error:
+            raise UserError(f"no weights at {path}") from error
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    state = _torch_load(path, "weights file")
+    if isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} must hold a state dict, that is, tensors by name")
+    return state
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
+    """Load a state dict that must fit exactly.
+
+    Args:
+        network: Where the weights go.
+        weights: State dict.
+        name: The network's name, for the error.
+        path: Where the weights come from, for the error.
+
+    Raises:
+        UserError: If a tensor is missing, unexpected or of another shape; the first ones are named.
+    """
+    expected = network.state_dict()
+    problems = [f"{key} is missing" for key in expected if key not in weights]
+    problems += [f"{key} is unexpected" for key in weights if key not in expected]
+    problems += [
+        f"{key} has shape {list(weights[key].shape)}, expected {list(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"the weights in {path} do not fit {name} "
+            f"({', '.join(problems[:3])}{more}): give the network they were trained with"
+        )
+    network.load_state_dict(weights)
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return a hash of a network's weights, to tell whether a teacher is still the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- interruption ---------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Turns the first Ctrl-C (or SIGTERM) within a block into a request that the loop honours.
+
+    The second one interrupts at once. Outside the main thread, where Python allows no signal
+    handlers, the block changes nothing.
+
+    Example:
+        >>> with StopRequest() as stop:
+        ...     while not stop.requested:
+        ...         break
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

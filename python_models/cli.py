@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``kdci`` command.
+
+Nothing heavy is imported before it is clear that it is needed: ``kdci --help`` and mistyped
+commands answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from python_models.config import (
+    DistillConfig,
+    EvaluateConfig,
+    TrainTeacherConfig,
+    distill_defaults,
+    override,
+    preset_paths,
+    read_settings,
+    read_yaml,
+)
+from python_models.errors import DivergenceError, Interrupted, UserError, unknown_name
+
+SettingsT = TypeVar("SettingsT")
+ConfigT = TypeVar("ConfigT")
+
+OPTIONAL_PACKAGES = frozenset(
+    {"tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "sklearn", "torchvision"}
+)
+
+USAGE = """\
+usage: kdci COMMAND [options]      (kdci COMMAND --help lists the options)
+
+Data-free knowledge distillation with KDCI.
+
+commands:
+  train-teacher   train a teacher on labelled data
+  distill         distil a teacher into a student, without the teacher's data
+  evaluate        measure the accuracy of a trained network
+  list            show methods, networks, generators, datasets and presets
+  demo            see it work in a few minutes on a CPU
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after ``kdci``; by default those of the process.
+
+    Returns:
+        Exit code: 0 done, 1 the training failed, 2 the user's mistake, 130 stopped by Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `kdci list | head`
+        sys.stderr.close()
+        return 0
+    except DivergenceError as error:
+        return _fail(error, 1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in OPTIONAL_PACKAGES:
+            raise
+        message = f'the package {error.name} is needed: pip install "kdci_ext[zoo]"'
+        return _fail(error, 2, message)
+    # Data, networks and registries raise these with messages made for users.
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(error, 2)
+
+
+def _fail(error: Exception, code: int, message: str | None = None) -> int:
+    if os.environ.get("KDCI_DEBUG"):
+        raise error
+    print(f"error: {message or error}", file=sys.stderr)
+    return code
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("kdci_ext"))
+        return 0
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train-teacher": _train_teacher,
+        "distill": _distill,
+        "evaluate": _evaluate,
+        "list": _list,
+        "demo": _demo,
+    }
+    if words[0] not in commands:
+        raise unknown_name("command", words[0], commands)
+    commands[words[0]](words[1:])
+    return 0
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Sources:
+    """Where values come from that no flag gives."""
+
+    config: Path | None = None
+    """YAML file of settings."""
+    preset: str | None = None
+    """Settings that come with the package (see: kdci list presets)."""
+
+
+@dataclass(kw_only=True)
+class DistillArguments(Generic[SettingsT]):
+    """Distil a teacher into a student, without the teacher's data.
+
+    The options of the chosen method are listed last.
+    """
+
+    sources: Sources
+    run: DistillConfig[SettingsT]
+
+
+@dataclass(kw_only=True)
+class FromFile(Generic[ConfigT]):
+    """A command's arguments, where a YAML file may give them."""
+
+    config: Path | None = None
+    """YAML file of settings."""
+    run: ConfigT
+
+
+def _parse(kind: Any, words: list[str], command: str, default: Any, description: str) -> Any:
+    """Parse a (nested) dataclass with flat flags."""
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=words,
+        prog=f"kdci {command}",
+        default=default,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _peek(words: list[str]) -> argparse.Namespace:
+    """Read the flags that decide which others there are, and what their defaults are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--config", "--out-dir", "--out_dir"):
+        parser.add_argument(flag, type=Path)
+    for flag in ("--preset", "--method"):
+        parser.add_argument(flag)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+
+
+def _distill(words: list[str]) -> None:
+    first = _peek(words)
+    out_dir = first.out_dir
+    if first.resume and out_dir is not None and (out_dir / "config.yaml").is_file():
+        # The run's own settings, so that its flags need not be repeated.
+        defaults = distill_defaults(None, out_dir / "config.yaml", first.method)
+    else:
+        defaults = distill_defaults(first.preset, first.config, first.method)
+    arguments = _parse(
+        DistillArguments[type(defaults.settings)],  # type: ignore[misc]
+        words,
+        "distill",
+        DistillArguments(sources=Sources(), run=defaults),
+        "Distil a teacher into a student, without the teacher's data.",
+    )
+    from python_models.engine import describe, distill
+
+    result = distill(arguments.run)
+    print(describe(result))
+
+
+def _single(words: list[str], command: str, default: ConfigT, description: str) -> ConfigT:
+    """Parse a flat command whose values a YAML file may give."""
+    file = _peek(words).config
+    if file is not None:
+        default = override(default, read_settings(file), str(file))
+    parsed = _parse(
+        FromFile[type(default)],  # type: ignore[misc]
+        words,
+        command,
+        FromFile(run=default),
+        description,
+    )
+    config: ConfigT = parsed.run
+    return config
+
+
+def _train_teacher(words: list[str]) -> None:
+    config = _single(
+        words, "train-teacher", TrainTeacherConfig(), "Train a teacher on labelled data."
+    )
+    from python_models.teacher import train_teacher
+
+    summary = train_teacher(config)
+    print(f"teacher: {summary['accuracy']:.2f} % (last epoch), {summary['weights']}")
+
+
+def _evaluate(words: list[str]) -> None:
+    config = _single(words, "evaluate", EvaluateConfig(), "Measure a trained network's accuracy.")
+    from python_models.evaluate import evaluate
+
+    print(f"accuracy: {evaluate(config):.2f} %")
+
+
+def _list(words: list[str]) -> None:
+    kinds = ("methods", "networks", "generators", "datasets", "presets")
+    parser = argparse.ArgumentParser("kdci list", description="Show what there is by name.")
+    parser.add_argument("kind", nargs="?", help=f"one of {', '.join(kinds)}; all, if left out")
+    kind = parser.parse_args(words).kind
+    if kind is not None and kind not in kinds:
+        raise unknown_name("kind", kind, kinds)
+    shown = kinds if kind is None else (kind,)
+    for name in shown:
+        if kind is None:
+            print(f"{name}:")
+        lines = _entries(name)
+        width = max((len(entry) for entry, _ in lines), default=0)
+        for entry, text in lines:
+            print(f"  {entry:{width}}  {text}".rstrip())
+
+
+def _entries(kind: str) -> list[tuple[str, str]]:
+    """Return the names of a kind, each with one line about it."""
+    if kind == "presets":
+        about = {name: read_yaml(path) for name, path in preset_paths().items()}
+        return [
+            (name, f"{v.get('about', '')} [{v.get('source', '')}]") for name, v in about.items()
+        ]
+    if kind == "methods":
+        from python_models.methods import METHODS
+
+        return [(name, METHODS.get(name).summary) for name in METHODS.names()]
+    if kind == "datasets":
+        from python_models.data import DATASETS
+
+        specs = [DATASETS.get(name) for name in DATASETS.names()]
+        return [
+            (s.name, f"{s.num_classes} classes, {s.channels}x{s.image_size}x{s.image_size}")
+            for s in specs
+        ]
+    from python_models.networks import GENERATORS, NETWORKS
+
+    registry: Any = NETWORKS if kind == "networks" else GENERATORS
+    return [(name, _first_line(registry.get(name))) for name in registry.names()]
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().split("\n")[0]
+
+
+def _demo(words: list[str]) -> None:
+    from python_models.demo import DemoConfig, demo
+
+    demo(_single(words, "demo", DemoConfig(), "See data-free distillation work on a CPU."))

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: dataclasses whose leaf names are at once command line flags and YAML keys.
+
+A value is looked up in this order, the first that gives one wins: flag (or Python argument),
+``--config`` file, ``--preset``, the method's own defaults, the defaults below. Names are unique
+over all groups, so files are flat: ``lr-g`` on the command line is ``lr_g`` in YAML and in Python.
+This module imports neither torch nor the methods, so that the command line stays quick.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from python_models.errors import UserError, unknown_name
+
+SettingsT = TypeVar("SettingsT")
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(kw_only=True)
+class TaskConfig:
+    """What is distilled into what."""
+
+    teacher: str | None = None
+    """A run folder, a .safetensors file written by kdci, or a network's name with
+    --teacher-weights."""
+    teacher_weights: Path | None = None
+    """State dict (.pt, .pth, .safetensors) of a teacher that is given by its network's name."""
+    student: str = "resnet18"
+    """Name of the student's network (see: kdci list networks)."""
+    dataset: str | None = None
+    """The teacher's task: gives classes, image shape, normalisation and the test images. By default
+    the one that the teacher's file names."""
+    data_root: Path = Path("data")
+    """Folder that holds the datasets."""
+    unlabelled: str | None = None
+    """Images of a sampling method: a folder, an .npz file or a dataset's name."""
+    evaluate: bool = True
+    """Measure accuracy on the dataset's test images (the only original data ever opened)."""
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The student's training."""
+
+    epochs: int = 200
+    """Number of epochs."""
+    ep_steps: int = 400
+    """Student steps in an epoch; 0: one pass over the images of a sampling method."""
+    kd_steps: int = 400
+    """Student steps in a round, that is, after each generator phase."""
+    batch_size: int = 256
+    """Images in a student step."""
+    temperature: float = 20.0
+    """Temperature of the distillation loss."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimiser of the student (and of KDCI's weights)."""
+    lr: float = 0.1
+    """Its learning rate."""
+    momentum: float = 0.9
+    """Its momentum (SGD)."""
+    weight_decay: float = 1e-4
+    """Its weight decay."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate over the run, changed at each epoch: cosine to --lr-min, or a tenth at each of
+    --milestones."""
+    lr_min: float = 0.0
+    """Learning rate that the cosine ends at."""
+    milestones: tuple[float, ...] = (0.4, 0.8)
+    """Fractions of the run after which the step schedule divides by ten."""
+    seed: int = 0
+    """Seed of everything random; on a CPU the same seed gives bitwise the same run."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(kw_only=True)
+class CompensationConfig:
+    """KDCI: compensation of the student's logits by the confounder dictionary."""
+
+    kdci: bool = True
+    """Train with KDCI."""
+    kdci_prototypes: int | None = None
+    """Size of the dictionary; by default 8 for generators, 32 for inversion, 128 for sampling."""
+    kdci_hidden_dim: int = 256
+    """Width of the attention."""
+    kdci_weighting: Literal["paper", "posterior"] = "paper"
+    """Proportions after the softmax (paper) or inside it (posterior)."""
+    kdci_scale: float = 1.0
+    """Factor on the compensation."""
+    kdci_attention: Literal["learned", "uniform", "random"] = "learned"
+    """Attention over the prototypes (ablation)."""
+    kdci_dictionary: Literal["kmeans", "random"] = "kmeans"
+    """Prototypes from k-means or random rows (ablation)."""
+    kdci_proportions: Literal["frequency", "none"] = "frequency"
+    """Proportions of the clusters, or none (ablation)."""
+
+
+@dataclass(kw_only=True)
+class OutputConfig:
+    """The run folder."""
+
+    out_dir: Path | None = None
+    """Run folder; by default runs/<method>-<teacher>-<student>-<kdci or vanilla>-seed<n>."""
+    evaluate_every: int = 1
+    """Epochs between measurements of accuracy; the last epoch is always measured."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints."""
+    resume: bool = False
+    """Go on from the checkpoint in the run folder."""
+    overwrite: bool = False
+    """Replace a run that is in the run folder."""
+
+
+@dataclass(kw_only=True)
+class DistillConfig(Generic[SettingsT]):
+    """Everything that decides a distillation run."""
+
+    method: str = "fast"
+    """Distillation method (see: kdci list methods)."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    settings: SettingsT
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+@dataclass(kw_only=True)
+class TrainTeacherConfig:
+    """Supervised training of a teacher on labelled data."""
+
+    network: str = "resnet34"
+    """Name of the network (see: kdci list networks)."""
+    dataset: str | None = None
+    """Labelled dataset (see: kdci list datasets) or an .npz file."""
+    data_root: Path = Path("data")
+    """Folder that holds the datasets."""
+    download: bool = False
+    """Download the dataset if it is not there."""
+    epochs: int = 200
+    """Number of epochs."""
+    batch_size: int = 128
+    """Images in a step."""
+    lr: float = 0.1
+    """Learning rate of SGD with Nesterov's momentum, cosine to zero."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay."""
+    crop: int = 4
+    """Padding of the random crop; 0: none."""
+    flip: bool = True
+    """Random horizontal flips."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+    out_dir: Path | None = None
+    """Run folder; by default runs/teacher-<network>-<dataset>-seed<n>."""
+    resume: bool = False
+    """Go on from the checkpoint in the run folder."""
+    overwrite: bool = False
+    """Replace a run that is in the run folder."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Accuracy of a trained network on a dataset's test images."""
+
+    network: str | None = None
+    """A run folder, a .safetensors file written by kdci, or a network's name with --weights."""
+    weights: Path | None = None
+    """State dict of a network that is given by its name."""
+    dataset: str | None = None
+    """Labelled dataset; by default the one that the file names."""
+    split: Literal["test", "train"] = "test"
+    """Part of the dataset."""
+    data_root: Path = Path("data")
+    """Folder that holds the datasets."""
+    batch_size: int = 500
+    """Images in a forward pass."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+
+
+# --- flat names -----------------------------------------------------------------------------------
+
+
+def leaves(config: object) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name, annotation and value of every leaf of a (nested) dataclass."""
+    hints = get_type_hints(type(config))
+    for item in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from leaves(value)
+        else:
+            yield item.name, hints[item.name], value
+
+
+def flatten(config: object) -> dict[str, Any]:
+    """Return the leaves as a flat dict of plain YAML values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {name: plain(value) for name, _, value in leaves(config)}
+
+
+def override(config: ConfigT, values: Mapping[str, Any], source: str) -> ConfigT:
+    """Return a copy of a config with some leaves replaced.
+
+    Args:
+        config: A (nested) dataclass.
+        values: New values by leaf name; ``-`` and ``_`` are the same. Converted to the leaf's type.
+        source: Where they come from, for the error message.
+
+    Raises:
+        UserError: If a name is unknown or a value has the wrong type.
+    """
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    hints = {name: hint for name, hint, _ in leaves(config)}
+    for name in values:
+        if name not in hints:
+            raise UserError(f"{source}: {unknown_name('setting', name, hints)}")
+    converted = {name: _convert(name, value, hints[name], source) for name, value in values.items()}
+    return _replace_leaves(config, converted)
+
+
+def _replace_leaves(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    changes: dict[str, Any] = {}
+    for item in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            changes[item.name] = _replace_leaves(value, values)
+        elif item.name in values:
+            changes[item.name] = values[item.name]
+    return cast(ConfigT, replace(config, **changes))  # type: ignore[type-var]
+
+
+def _convert(name: str, value: Any, hint: Any, source: str) -> Any:
+    """Convert a YAML value to a leaf's type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(a for a in arguments if a is not type(None))
+        return _convert(name, value, hint, source)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        expected = "one of " + ", ".join(map(repr, arguments))
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(name, item, arguments[0], source) for item in value)
+        expected = "a list"
+    elif hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as text
+        except ValueError:
+            expected = "a number"
+    elif hint is int and isinstance(value, bool):
+        expected = "a whole number"
+    elif isinstance(value, hint):
+        return value
+    else:
+        expected = {int: "a whole number", bool: "true or false"}.get(hint, hint.__name__)
+    raise UserError(f"{source}: {name}={value!r} must be {expected}")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+_ABOUT = ("about", "source")
+_NOT_SAVED = ("out_dir", "resume", "overwrite")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a flat YAML file of settings.
+
+    Raises:
+        UserError: If it is missing, is no YAML or is no flat mapping.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a YAML file: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{path} must hold lines of the form `name: value`")
+    return values
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML file without the keys that describe it (``about``, ``source``)."""
+    return {name: value for name, value in read_yaml(path).items() if name not in _ABOUT}
+
+
+def write_yaml(path: Path, config: object) -> None:
+    """Write a config as a flat YAML file, without what concerns the one run folder."""
+    import yaml
+
+    values = {name: value for name, value in flatten(config).items() if name not in _NOT_SAVED}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def preset_paths() -> dict[str, Path]:
+    """Return the presets that come with the package: name to YAML file."""
+    folder = Path(str(resources.files("python_models"))) / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def preset_path(name: str) -> Path:
+    """Return a preset's file.
+
+    Raises:
+        UserError: If there is none of this name.
+    """
+    paths = preset_paths()
+    if name not in paths:
+        raise unknown_name("preset", name, paths)
+    return paths[name]
+
+
+def distill_defaults(
+    preset: str | None = None, file: Path | None = None, method: str | None = None
+) -> DistillConfig[Any]:
+    """Return the config that a preset and a file leave to be overridden by flags or arguments.
+
+    Args:
+        preset: Name of a preset.
+        file: YAML file; wins over the preset.
+        method: Method; wins over both.
+
+    Raises:
+        UserError: If anything is unknown or of the wrong type.
+    """
+    from python_models.methods import METHODS
+
+    layers = []
+    if preset is not None:
+        layers.append((f"preset {preset}", read_settings(preset_path(preset))))
+    if file is not None:
+        layers.append((str(file), read_settings(file)))
+    named = [str(values["method"]) for _, values in layers if "method" in values]
+    method = method or (named[-1] if named else "fast")
+    if preset is not None and method != (chosen := layers[0][1].get("method", method)):
+        raise UserError(f"preset {preset} is for the method {chosen}, not {method}")
+    method_class = METHODS.get(method)
+    config: DistillConfig[Any] = DistillConfig(settings=method_class.Settings(), method=method)
+    config = override(config, method_class.defaults, f"defaults of {method}")
+    for source, values in layers:
+        config = override(config, {**values, "method": method}, source)
+    return config
+
+
+def distill_config(
+    *, preset: str | None = None, config: Path | None = None, **values: Any
+) -> DistillConfig[Any]:
+    """Build the config of a distillation from flat names, as the command line does.
+
+    Args:
+        preset: Name of a preset.
+        config: YAML file.
+        **values: Any leaf by its name, for example ``method="dafl", kdci=False, g_steps=5``.
+
+    Raises:
+        UserError: If anything is unknown or of the wrong type.
+
+    Example:
+        >>> distill_config(method="dafl", teacher="runs/teacher", student="lenet5_half", epochs=10)
+    """
+    defaults = distill_defaults(preset, config, values.get("method"))
+    return override(defaults, values, "distill_config")
+
+
+def check(config: DistillConfig[Any]) -> None:
+    """Refuse values that no run can use, naming them.
+
+    Raises:
+        UserError: Naming the first such value.
+    """
+    training, compensation = config.training, config.compensation
+    if config.task.teacher is None:
+        raise UserError(
+            "teacher is required: --teacher RUN_FOLDER, FILE.safetensors, or NETWORK with "
+            "--teacher-weights"
+        )
+    for name, value in (
+        ("epochs", training.epochs),
+        ("kd_steps", training.kd_steps),
+        ("batch_size", training.batch_size),
+        ("kdci_hidden_dim", compensation.kdci_hidden_dim),
+        ("checkpoint_every", config.output.checkpoint_every),
+        ("evaluate_every", config.output.evaluate_every),
+    ):
+        if value < 1:
+            raise UserError(f"{name}={value} must be >= 1")
+    for name, number in (("temperature", training.temperature), ("lr", training.lr)):
+        if not number > 0:
+            raise UserError(f"{name}={number} must be > 0")
+    if training.ep_steps < 0:
+        raise UserError(f"ep_steps={training.ep_steps} must be >= 0")
+    if 0 < training.ep_steps < training.kd_steps:
+        raise UserError(
+            f"kd_steps={training.kd_steps} must be <= ep_steps={training.ep_steps}: an epoch holds "
+            "whole rounds"
+        )
+    prototypes = compensation.kdci_prototypes
+    if prototypes is not None and prototypes < 1:
+        raise UserError(f"kdci_prototypes={prototypes} must be >= 1")
+    if config.output.resume and config.output.overwrite:
+        raise UserError("resume and overwrite exclude each other: give one of them")

@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one training loop of all methods.
+
+An epoch is ``ep_steps // kd_steps`` rounds, a round one generator phase of the method (if it has
+one), with KDCI one rebuilding of the confounder dictionary, and ``kd_steps`` student steps; see
+`methods.base`. KDCI is switched on in one place, `Distillation._divergence`. The student is
+evaluated and exported without compensation.
+
+The state between any two student steps is complete in `Distillation.state_dict`, so that a run can
+stop after any of them and go on as if it had not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdci_ext
+from python_models.checkpoint import (
+    NetworkInfo,
+    StopRequest,
+    export_network,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from python_models.config import DistillConfig, check, flatten, write_yaml
+from python_models.data import LabelledData, load_labelled, load_unlabelled
+from python_models.errors import DivergenceError, Interrupted, UserError
+from python_models.evaluate import accuracies, accuracy
+from python_models.losses import kd_divergence
+from python_models.methods import METHODS, Batch, Context
+from python_models.methods.base import total
+from python_models.networks import Classifier, build_network
+from python_models.randomness import Randomness
+from python_models.reporting import (
+    LossLog,
+    Progress,
+    RunFolder,
+    duration,
+    picture_of_images,
+    picture_of_proportions,
+    write_metrics,
+    write_summary,
+)
+from python_models.schedule import check_same_run, learning_rate, set_learning_rate
+from python_models.teacher import LoadedNetwork, load_network, resolve_device
+
+PREVIEW_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Results of a distillation.
+
+    Attributes:
+        accuracy: Of the student after the last step, without compensation, in percent; None
+            where no test images were used.
+        best_accuracy: Highest over the epochs *on the test set*; not a fair estimate.
+        compensated_accuracy: Of the last student with KDCI's compensation; a diagnostic.
+        teacher_accuracy: Of the teacher.
+        seconds: Time spent in the loop.
+        steps: Student steps made.
+        student: File of the student's weights.
+    """
+
+    accuracy: float | None
+    best_accuracy: float | None
+    compensated_accuracy: float | None
+    teacher_accuracy: float | None
+    seconds: float
+    steps: int
+    student: str
+
+
+class Distillation:
+    """A run in memory: everything that changes while it trains, and the loop's two phases.
+
+    Args:
+        config: The resolved configuration.
+        teacher: The loaded teacher.
+        device: Where to compute.
+
+    Raises:
+        UserError: If parts do not fit each other.
+    """
+
+    def __init__(
+        self, config: DistillConfig[Any], teacher: LoadedNetwork, device: torch.device
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.info = NetworkInfo(**{**asdict(teacher.info), "network": config.task.student})
+        self.randomness = Randomness(config.training.seed, device)
+        self.teacher = teacher.classifier.to(device)
+        with self.randomness.initialising("student"):
+            student = build_network(
+                config.task.student, self.info.num_classes, self.info.image_shape[0]
+            )
+        self.student = Classifier(student, self.info.mean, self.info.std).to(device)
+
+        method_class = METHODS.get(config.method)
+        if method_class.needs_unlabelled and config.task.unlabelled is None:
+            raise UserError(
+                f"method {config.method} samples from unlabelled images: give a folder, an .npz "
+                "file or a dataset's name as --unlabelled"
+            )
+        self.method = method_class(
+            config.settings,
+            Context(
+                teacher=self.teacher,
+                student=self.student,
+                num_classes=self.info.num_classes,
+                image_shape=self.info.image_shape,
+                batch_size=config.training.batch_size,
+                device=device,
+                randomness=self.randomness,
+                load_unlabelled=self._load_unlabelled,
+            ),
+        )
+        self.kdci = self._build_kdci(method_class.num_prototypes)
+        self.optimizer = self._build_optimizer()
+        self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
+        self.log = LossLog(device)
+
+        ep_steps = config.training.ep_steps or self.method.steps_per_pass()
+        self.rounds_per_epoch = max(1, ep_steps // config.training.kd_steps)
+        self.steps_per_epoch = self.rounds_per_epoch * config.training.kd_steps
+        self.total_steps = config.training.epochs * self.steps_per_epoch
+        self.warmup_rounds = self.method.warmup_rounds
+        # Position: rounds begun or finished, student steps made, and whether a round is open.
+        self.round = 0
+        self.step = 0
+        self.is_round_open = False
+
+    def _load_unlabelled(self) -> Tensor:
+        task = self.config.task
+        assert task.unlabelled is not None
+        channels, size, _ = self.info.image_shape
+        return load_unlabelled(task.unlabelled, task.data_root, size, channels)
+
+    def _build_kdci(self, default_prototypes: int) -> kdci_ext.KDCI | None:
+        c = self.config.compensation
+        if not c.kdci:
+            return None
+        with self.randomness.initialising("kdci"):
+            return kdci_ext.KDCI(
+                self.info.num_classes,
+                c.kdci_prototypes or default_prototypes,
+                c.kdci_hidden_dim,
+                weighting=c.kdci_weighting,
+                scale=c.kdci_scale,
+                attention=c.kdci_attention,
+                prototypes=c.kdci_dictionary,
+                proportions=c.kdci_proportions,
+            ).to(self.device)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        t = self.config.training
+        parameters = list(self.student.parameters())
+        if self.kdci is not None:  # its weights learn as the student's do
+            parameters += self.kdci.parameters()
+        if t.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=t.lr, weight_decay=t.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
+        )
+
+    def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """The distillation term: KL_T(T || S + F) with KDCI, KL_T(T || S) without."""
+        temperature = self.config.training.temperature
+        if self.kdci is not None:
+            return self.kdci.loss(student_logits, teacher_logits, temperature)
+        return kd_divergence(student_logits, teacher_logits, temperature)
+
+    def _update_dictionary(self, features: Tensor) -> None:
+        """Rebuild the confounder dictionary from teacher logits, with KDCI."""
+        if self.kdci is None:
+            return
+        if len(features) < self.kdci.num_prototypes:
+            raise UserError(
+                f"kdci_prototypes={self.kdci.num_prototypes} must be <= the {len(features)} images "
+                "that the dictionary is built from: lower it or raise the batch size"
+            )
+        self.kdci.update(features, generator=self._dictionary_stream)
+
+    @property
+    def _dictionary_stream(self) -> torch.Generator:
+        return self.randomness.on_cpu("dictionary")
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the next round has no student steps."""
+        return self.round < self.warmup_rounds
+
+    def prepare(self) -> None:
+        """Do what comes once before training; a resumed run loads its state instead."""
+        features = self.method.prepare()
+        if features is not None:
+            self._update_dictionary(features)
+
+    def advance(self) -> None:
+        """Make one student step, beginning a round where one is due; in warm-up, one round."""
+        if not self.is_round_open:
+            self._begin_round()
+            if self.is_warming_up:
+                self.round += 1
+                return
+            self.is_round_open = True
+        self._student_step()
+        self.step += 1
+        if self.step % self.config.training.kd_steps == 0:
+            self.is_round_open = False
+            self.round += 1
+
+    def _begin_round(self) -> None:
+        synthesis = self.method.begin_round(self.round)
+        if synthesis is None:
+            return
+        self.log.add(
+            self.step, {f"generator_{name}": term for name, term in synthesis.losses.items()}
+        )
+        if self.kdci is not None and not self.is_warming_up:
+            self._update_dictionary(self._teacher_logits(synthesis.batch))
+
+    def _student_step(self) -> None:
+        done = self.step // self.steps_per_epoch / self.config.training.epochs
+        t = self.config.training
+        set_learning_rate(
+            self.optimizer,
+            learning_rate(t.schedule, t.lr, done, lr_min=t.lr_min, milestones=t.milestones),
+        )
+        self.student.train()
+        batch = self.method.next_batch()
+        teacher_logits = self._teacher_logits(batch)
+        losses = self.method.student_losses(batch, self._divergence)
+        optimizers = [self.optimizer, *self.method.optimizers()]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total(losses).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        self.class_counts += torch.bincount(
+            teacher_logits.argmax(1), minlength=self.info.num_classes
+        )
+        self.log.add(self.step, losses)
+
+    @torch.no_grad()
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        if batch.teacher_logits is None:
+            batch.teacher_logits = self.teacher(batch.images)
+        return batch.teacher_logits
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on."""
+        return {
+            "teacher": fingerprint(self.teacher),
+            "round": self.round,
+            "step": self.step,
+            "is_round_open": self.is_round_open,
+            "student": self.student.network.state_dict(),
+            "kdci": None if self.kdci is None else self.kdci.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "class_counts": self.class_counts,
+            "log": self.log.state_dict(),
+            "randomness": self.randomness.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            UserError: If the teacher is another one.
+        """
+        if state["teacher"] != fingerprint(self.teacher):
+            raise UserError(
+                "the teacher's weights are not those that the run began with: resume needs the "
+                "same teacher"
+            )
+        self.round, self.step = state["round"], state["step"]
+        self.is_round_open = state["is_round_open"]
+        self.student.network.load_state_dict(state["student"])
+        if self.kdci is not None:
+            self.kdci.load_state_dict(state["kdci"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.class_counts.copy_(state["class_counts"])
+        self.log.load_state_dict(state["log"])
+        self.randomness.load_state_dict(state["randomness"])
+
+
+def distill(config: DistillConfig[Any]) -> RunResult:
+    """Run ``kdci distill``.
+
+    Args:
+        config: From `config.distill_config`.
+
+    Returns:
+        The results, which ``summary.json`` in the run folder holds too.
+
+    Raises:
+        UserError: If the configuration, the networks or the data are wrong.
+        DivergenceError: If a loss became NaN or infinite.
+        Interrupted: After Ctrl-C, when the state is saved.
+
+    Example:
+        >>> config = distill_config(method="dafl", teacher="runs/teacher", student="lenet5_half")
+        >>> distill(config).accuracy
+    """
+    check(config)
+    task, output = config.task, config.output
+    assert task.teacher is not None
+    device = resolve_device(config.training.device)
+    teacher = load_network(
+        task.teacher, task.teacher_weights, task.dataset, data_root=task.data_root
+    )
+    dataset = task.dataset or teacher.info.dataset
+    test: LabelledData | None = None
+    if task.evaluate:
+        if dataset is None:
+            raise UserError("dataset is required to measure accuracy: give it or --no-evaluate")
+        test = load_labelled(dataset, "test", task.data_root)
+        teacher.require_fit(test, dataset)
+    run = Distillation(config, teacher, device)
+    path = output.out_dir or Path("runs") / "-".join(
+        (
+            config.method,
+            teacher.info.network,
+            task.student,
+            "kdci" if config.compensation.kdci else "vanilla",
+            f"seed{config.training.seed}",
+        )
+    )
+    folder = RunFolder(path, resume=output.resume, overwrite=output.overwrite)
+    if output.resume:
+        check_same_run(flatten(config), folder.config)
+    write_yaml(folder.config, config)
+    return _Session(run, folder, test).finish()
+
+
+class _Session:
+    """A `Distillation` with its folder, clock and reports."""
+
+    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledData | None) -> None:
+        self.run = run
+        self.folder = folder
+        self.test = test
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self.teacher_accuracy = None if test is None else accuracy(run.teacher, test, run.device)
+        if run.config.output.resume and folder.checkpoint.exists():
+            state = load_checkpoint(folder.checkpoint)
+            run.load_state_dict(state["run"])
+            self.rows, self.seconds = state["rows"], state["seconds"]
+        else:
+            run.prepare()
+
+    def finish(self) -> RunResult:
+        """Run to the end, or to Ctrl-C."""
+        run, output = self.run, self.run.config.output
+        compensation = "with KDCI" if run.kdci is not None else "without KDCI"
+        title = f"{run.config.method} {compensation}"
+        progress = Progress(
+            title, run.warmup_rounds + run.total_steps, min(run.round, run.warmup_rounds) + run.step
+        )
+        if self.teacher_accuracy is not None:
+            progress.note(f"teacher: {self.teacher_accuracy:.2f} %")
+        begin = time.monotonic() - self.seconds
+        try:
+            with StopRequest() as stop:
+                while run.step < run.total_steps:
+                    before = run.step
+                    run.advance()
+                    self.seconds = time.monotonic() - begin
+                    progress.step(run.log.last)
+                    if run.step > before and run.step % run.steps_per_epoch == 0:
+                        epoch = run.step // run.steps_per_epoch
+                        self._end_epoch(epoch, progress)
+                        if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
+                            self._save()
+                    if stop.requested:
+                        self._save()
+                        raise Interrupted(
+                            f"stopped after {run.step} of {run.total_steps} steps, saved in "
+                            f"{self.folder.path}; go on with: kdci distill --resume --out-dir "
+                            f"{self.folder.path}"
+                        )
+        except DivergenceError as error:
+            saved = self.folder.checkpoint
+            kept = f"the last checkpoint, {saved}, is from before" if saved.exists() else ""
+            raise DivergenceError(
+                f"{error}; {kept or 'there is no checkpoint yet'}. A smaller learning rate may help"
+            ) from error
+        finally:
+            progress.close()
+        return self._write_results()
+
+    def _end_epoch(self, epoch: int, progress: Progress) -> None:
+        run, training = self.run, self.run.config.training
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "step": run.step,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            **run.log.averages(),
+        }
+        run.log.reset()
+        text = ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[3:])
+        short = {}
+        last = epoch == training.epochs
+        if self.test is not None and (last or epoch % run.config.output.evaluate_every == 0):
+            heads = {} if run.kdci is None else {"compensated": run.kdci}
+            found = accuracies(run.student, self.test, run.device, heads=heads)
+            row["accuracy"] = found["plain"]
+            if "compensated" in found:
+                row["accuracy_compensated"] = found["compensated"]
+            short["accuracy"] = f"{found['plain']:.2f} %"
+            text += f", accuracy {found['plain']:.2f} %"
+        row["images_per_second"] = run.step * training.batch_size / self.seconds
+        row["seconds"] = self.seconds
+        self.rows.append(row)
+        write_metrics(self.folder.metrics, self.rows)
+        progress.epoch(f"epoch {epoch}/{training.epochs}, {text}", short)
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.folder.checkpoint,
+            {"run": self.run.state_dict(), "rows": self.rows, "seconds": self.seconds},
+        )
+
+    def _write_results(self) -> RunResult:
+        run, folder = self.run, self.folder
+        export_network(folder.weights("student"), run.student.network, run.info)
+        picture_of_images(folder.images, run.method.preview(PREVIEW_IMAGES))
+        names = None if self.test is None else self.test.class_names
+        picture_of_proportions(folder.class_proportions, run.class_counts, names)
+        measured = [row["accuracy"] for row in self.rows if "accuracy" in row]
+        result = RunResult(
+            accuracy=measured[-1] if measured else None,
+            best_accuracy=max(measured) if measured else None,
+            compensated_accuracy=self.rows[-1].get("accuracy_compensated"),
+            teacher_accuracy=self.teacher_accuracy,
+            seconds=round(self.seconds, 1),
+            steps=run.step,
+            student=str(folder.weights("student")),
+        )
+        write_summary(folder.summary, asdict(result))
+        return result
+
+
+def describe(result: RunResult) -> str:
+    """Return the results as lines for the terminal."""
+    lines = []
+    if result.accuracy is not None:
+        lines.append(f"student: {result.accuracy:.2f} % (last step, without compensation)")
+        lines.append(f"teacher: {result.teacher_accuracy:.2f} %")
+        lines.append(
+            f"best epoch on the test set: {result.best_accuracy:.2f} % (not a fair estimate)"
+        )
+    if result.compensated_accuracy is not None:
+        lines.append(f"with compensation: {result.compensated_accuracy:.2f} % (diagnostic)")
+    lines.append(f"time: {duration(result.seconds)}, {result.steps} steps")
+    lines.append(f"files: {Path(result.student).parent}")
+    return "\n".join(lines)

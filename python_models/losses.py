@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss terms of data-free knowledge distillation, each a function of tensors and nothing else.
+
+Notation: ``t`` and ``s`` are teacher and student logits ``[b, c]``, ``p = softmax(t)``. Every term
+is to be *minimised*; the methods weight and add them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Distillation loss ``KL_T(T || S) = T^2 / b * sum_bc q (log q - log r)`` of Hinton et al.
+
+    ``q = softmax(t / T)``, ``r = softmax(s / T)``. The teacher is a constant.
+
+    Args:
+        student: Student logits, floating, ``[b, c]``.
+        teacher: Teacher logits, floating, ``[b, c]``.
+        temperature: Positive softening temperature ``T``.
+
+    Returns:
+        Scalar loss.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be > 0")
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.softmax(teacher.detach() / temperature, dim=1),
+        reduction="batchmean",
+    )
+
+
+def one_hot_loss(logits: Tensor, targets: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the teacher's prediction, which makes it certain of one class.
+
+    Args:
+        logits: Teacher logits, ``[b, c]``.
+        targets: Classes asked for, int64 ``[b]`` (Fast, CMI); by default the teacher's own most
+            probable ones (DAFL).
+
+    Returns:
+        Scalar ``mean CE(t, targets)``.
+    """
+    return F.cross_entropy(logits, logits.argmax(1) if targets is None else targets)
+
+
+def activation_loss(features: Tensor) -> Tensor:
+    """Negative mean magnitude of the teacher's features: real images excite them (DAFL).
+
+    Args:
+        features: Input of the teacher's classifying layer, ``[b, d]``.
+
+    Returns:
+        Scalar ``-mean |f|``.
+    """
+    return -features.abs().mean()
+
+
+def information_entropy_loss(logits: Tensor, base: Literal["e", "10"] = "e") -> Tensor:
+    """Negative entropy of the batch's mean prediction: all classes should occur (DAFL).
+
+    Args:
+        logits: Teacher logits, ``[b, c]``.
+        base: Base of the logarithm. DAFL's released code uses 10, the benchmark form ``e``.
+
+    Returns:
+        Scalar ``sum_c m_c log m_c`` with ``m = mean_b softmax(t)``.
+    """
+    mean = F.softmax(logits, dim=1).mean(0)
+    negative_entropy = torch.xlogy(mean, mean).sum()
+    return negative_entropy / math.log(10.0) if base == "10" else negative_entropy
+
+
+def masked_adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Negative divergence of teacher and student where the student already agrees (CMI, Fast).
+
+    Args:
+        student: Student logits, ``[b, c]``.
+        teacher: Teacher logits, ``[b, c]``; gradients flow into both.
+
+    Returns:
+        Scalar ``-1/b * sum_b [argmax s_b = argmax t_b] KL_1(T || S)_b``.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="none"
+    ).sum(1)
+    agree = student.argmax(1) == teacher.argmax(1)
+    return -(divergence * agree).mean()
+
+
+class BatchNormStatistics:
+    """Distance of a batch's statistics from those stored in a teacher's BatchNorm layers.
+
+    Inside a ``with`` block, hooks read the input of every BatchNorm layer of the teacher (in eval
+    mode); with its batch mean ``u`` and biased variance ``v`` per channel, the stored ``m``, ``w``,
+
+        ``loss() = sum_layers ||w - v||_2 + ||m - u||_2``    (un-squared norms, DeepInversion).
+
+    With ``momentum = a > 0`` (Fast) ``u`` and ``v`` are replaced, once `update_average` was called,
+    by ``(1 - a) u + a u'`` and ``(1 - a) v + a v'``, where ``u', v'`` are running averages of
+    the batches that `update_average` was called after.
+
+    Args:
+        network: The teacher. Its parameters and buffers are not touched.
+        momentum: ``a`` in [0, 1).
+
+    Raises:
+        ValueError: If the network has no BatchNorm layer with running statistics.
+
+    Example:
+        >>> with BatchNormStatistics(teacher) as statistics:
+        ...     logits = teacher(images)
+        >>> statistics.loss().backward()
+    """
+
+    def __init__(self, network: nn.Module, momentum: float = 0.0) -> None:
+        layers = [
+            module
+            for module in network.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.running_mean is not None
+        ]
+        if not layers:
+            raise ValueError(
+                "the teacher has no BatchNorm layer with running statistics, which this method "
+                "needs: use a teacher with BatchNorm or a method without a `bn` term (see `kdci "
+                "list methods`)"
+            )
+        self.momentum = momentum
+        self._layers = layers
+        self._batch: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(layers)
+        self._average: list[tuple[Tensor, Tensor]] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> BatchNormStatistics:
+        self._handles = [
+            layer.register_forward_pre_hook(self._reader(index))
+            for index, layer in enumerate(self._layers)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _reader(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Mean and variance over everything but the channels.
+            dims = [d for d in range(inputs[0].dim()) if d != 1]
+            variance, mean = torch.var_mean(inputs[0].float(), dim=dims, correction=0)
+            self._batch[index] = (mean, variance)
+
+        return read
+
+    def loss(self) -> Tensor:
+        """Return the loss of the last batch that went through the teacher."""
+        total = self._batch[0][0].new_zeros(())
+        for index, layer in enumerate(self._layers):
+            mean, variance = self._batch[index]
+            if self._average is not None:
+                old_mean, old_variance = self._average[index]
+                mean = (1 - self.momentum) * mean + self.momentum * old_mean
+                variance = (1 - self.momentum) * variance + self.momentum * old_variance
+            assert layer.running_mean is not None and layer.running_var is not None
+            total = total + torch.linalg.vector_norm(layer.running_var - variance)
+            total = total + torch.linalg.vector_norm(layer.running_mean - mean)
+        return total
+
+    def update_average(self) -> None:
+        """Fold the last batch into the running averages (no effect without momentum)."""
+        if self.momentum == 0:
+            return
+        batch = [(mean.detach(), variance.detach()) for mean, variance in self._batch]
+        if self._average is not None:
+            a = self.momentum
+            batch = [
+                (a * old_mean + (1 - a) * mean, a * old_variance + (1 - a) * variance)
+                for (old_mean, old_variance), (mean, variance) in zip(
+                    self._average, batch, strict=True
+                )
+            ]
+        self._average = batch
+
+    def state_dict(self) -> dict[str, Sequence[Tensor] | None]:
+        """Return the running averages."""
+        if self._average is None:
+            return {"mean": None, "variance": None}
+        return {
+            "mean": [mean for mean, _ in self._average],
+            "variance": [variance for _, variance in self._average],
+        }
+
+    def load_state_dict(self, state: dict[str, Sequence[Tensor] | None]) -> None:
+        """Restore the running averages."""
+        means, variances = state["mean"], state["variance"]
+        self._average = None
+        if means is not None and variances is not None:
+            device = self._layers[0].running_mean.device  # type: ignore[union-attr]
+            self._average = [
+                (mean.to(device), variance.to(device))
+                for mean, variance in zip(means, variances, strict=True)
+            ]
+
+
+def log_noise_transition(theta: Tensor, diagonal: float) -> Tensor:
+    """Logarithm of DFND's noise adaptation matrix ``Q``.
+
+    Row ``i`` of ``Q`` holds ``diagonal`` at column ``i`` and ``(1 - diagonal) softmax(theta_i)`` in
+    the other columns, in order; every row sums to 1.
+
+    Args:
+        theta: Free parameters, ``[c, c - 1]``.
+        diagonal: Probability in (0, 1) that the teacher's label is right.
+
+    Returns:
+        ``log Q``, ``[c, c]``.
+    """
+    classes = theta.shape[0]
+    off_diagonal = F.log_softmax(theta, dim=1) + math.log1p(-diagonal)
+    columns = torch.arange(classes, device=theta.device)
+    # Column j of row i takes element j of the row left of the diagonal, j - 1 right of it.
+    source = columns[None, :] - (columns[None, :] > columns[:, None]).long()
+    spread = off_diagonal.gather(1, source.clamp(max=classes - 2))
+    return torch.where(
+        torch.eye(classes, dtype=torch.bool, device=theta.device),
+        spread.new_full((), math.log(diagonal)),
+        spread,
+    )
+
+
+def noise_adaptation_loss(student: Tensor, labels: Tensor, log_transition: Tensor) -> Tensor:
+    """Negative log-likelihood of noisy labels under the student (DFND).
+
+    Args:
+        student: Student logits, ``[b, c]``.
+        labels: The teacher's noisy labels, int64 ``[b]``.
+        log_transition: ``log Q`` of `log_noise_transition`, ``[c, c]``.
+
+    Returns:
+        Scalar ``-mean log (softmax(s) Q)[label]``, by log-sum-exp so that it cannot underflow.
+    """
+    log_joint = F.log_softmax(student, dim=1) + log_transition.T[labels]
+    return -torch.logsumexp(log_joint, dim=1).mean()

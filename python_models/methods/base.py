@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a distillation method is to the shared training loop.
+
+The loop (engine.py) runs every method alike:
+
+    prepare                                    sampling methods: select the images, once
+    for each round:
+        begin_round                            generation methods: train the generator
+        with KDCI: rebuild the dictionary      from the round's synthetic images (Algorithm 1) or,
+                                               once, from all selected ones (Algorithm 2)
+        kd_steps times:
+            next_batch -> teacher's logits -> student_losses -> step of the student's optimiser
+
+A method is one file of this folder: a `Settings` dataclass, whose fields become command line flags
+and YAML keys, and a registered subclass of `Method`. It never sees whether KDCI is on: it calls the
+`divergence` that it is given, which is KL_T(T || S) or KL_T(T || S + F).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from python_models.networks import Classifier
+from python_models.randomness import Randomness
+from python_models.registry import Registry
+
+SettingsT = TypeVar("SettingsT")
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""``(student logits [b, c], teacher logits [b, c]) -> scalar``: the distillation term."""
+
+
+class Stateful(Protocol):
+    """Anything whose state can be saved and restored."""
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Restore the state."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method works with.
+
+    Attributes:
+        teacher: Frozen, in eval mode; images in [0, 1] to logits.
+        student: Trained by the loop; in train mode during student steps.
+        num_classes: Number of logits.
+        image_shape: ``(channels, height, width)``.
+        batch_size: Images in a student step.
+        device: Where all tensors live.
+        randomness: Source of random streams.
+        load_unlabelled: Reads the images of a sampling method, uint8 ``[n, c, h, w]`` on the CPU.
+    """
+
+    teacher: Classifier
+    student: Classifier
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    batch_size: int
+    device: torch.device
+    randomness: Randomness
+    load_unlabelled: Callable[[], Tensor]
+
+
+@dataclass
+class Batch:
+    """Images of one student step.
+
+    Attributes:
+        images: Float ``[b, c, h, w]`` in [0, 1].
+        teacher_logits: ``[b, num_classes]``; the loop computes them where a method has not.
+    """
+
+    images: Tensor
+    teacher_logits: Tensor | None = None
+
+
+@dataclass
+class Synthesis:
+    """Result of a generator phase.
+
+    Attributes:
+        batch: One synthetic mini-batch, which the dictionary is built from.
+        losses: Weighted terms of the generator's loss at its last step, detached.
+    """
+
+    batch: Batch
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(ABC, Generic[SettingsT]):
+    """Base class of all methods.
+
+    Class attributes:
+        summary: One line for ``kdci list methods``.
+        Settings: Dataclass of the method's own settings.
+        defaults: Shared settings (config.py) that differ for this method.
+        num_prototypes: Default size of KDCI's dictionary.
+        needs_unlabelled: Whether the method samples from unlabelled images.
+
+    Attributes:
+        parts: What a checkpoint must hold, by name; filled by subclasses.
+    """
+
+    summary: ClassVar[str]
+    Settings: ClassVar[type]
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    num_prototypes: ClassVar[int]
+    needs_unlabelled: ClassVar[bool] = False
+
+    def __init__(self, settings: SettingsT, context: Context) -> None:
+        self.settings = settings
+        self.context = context
+        self.teacher = context.teacher
+        self.student = context.student
+        self.parts: dict[str, Stateful] = {}
+
+    @property
+    def warmup_rounds(self) -> int:
+        """Rounds before the first student step."""
+        return 0
+
+    def prepare(self) -> Tensor | None:
+        """Do what comes once before training; not called when a run is resumed.
+
+        Returns:
+            The features of a dictionary that stays for the whole run, ``[n, num_classes]``
+            (Algorithm 2), or None.
+        """
+        return None
+
+    def begin_round(self, index: int) -> Synthesis | None:
+        """Do what comes before the student steps of a round, such as training a generator.
+
+        Args:
+            index: Number of the round, from 0, warm-up rounds included.
+
+        Returns:
+            The new synthetic mini-batch, or None where there is nothing new.
+        """
+        return None
+
+    @abstractmethod
+    def next_batch(self) -> Batch:
+        """Return the images of the next student step."""
+
+    def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
+        """Return the weighted terms of the student's loss, by name; the loop adds them up.
+
+        Args:
+            batch: Images with the teacher's logits.
+            divergence: The distillation term, with or without KDCI.
+        """
+        assert batch.teacher_logits is not None
+        return {"kd": divergence(self.student(batch.images), batch.teacher_logits)}
+
+    def optimizers(self) -> Iterable[torch.optim.Optimizer]:
+        """Return optimisers that step together with the student's."""
+        return ()
+
+    def steps_per_pass(self) -> int:
+        """Return the student steps in one pass over a sampling method's images."""
+        raise ValueError(f"ep_steps=0 needs a sampling method; {type(self).__name__} generates")
+
+    @abstractmethod
+    def preview(self, count: int) -> Tensor:
+        """Return images for the run's picture, ``[count, c, h, w]``, without drawing at random."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parts."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+METHODS: Registry[type[Method[Any]]] = Registry("method")
+"""Methods by name."""
+
+
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of loss terms."""
+    return torch.stack([term for term in losses.values()]).sum()
+
+
+def backward_into(loss: Tensor, *targets: nn.Module | Tensor) -> None:
+    """Accumulate gradients in these modules' parameters and tensors, and nowhere else."""
+    inputs: list[Tensor] = []
+    for target in targets:
+        inputs.extend(target.parameters() if isinstance(target, nn.Module) else [target])
+    torch.autograd.backward(loss, inputs=inputs)

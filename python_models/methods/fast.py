@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast: Up to 100x Faster Data-free Knowledge Distillation (Fang et al., AAAI 2022).
+
+A round takes a copy of a meta-generator and a batch of latents ``z`` and improves both for a few
+steps of Adam, with uniformly drawn classes ``y`` and randomly cropped and mirrored images, on
+
+    bn * sum_layers r' + oh * mean CE(t, y) - adv * mean_b [argmax s = argmax t] KL_1(T || S)_b.
+
+r' is the distance of batch statistics from the teacher's BatchNorm statistics, averaged over rounds
+with ``bn_momentum``; the adversarial term waits for the end of warm-up. The images of the lowest
+loss go to a pool on the device, and the student learns from random batches of the pool. The
+meta-generator then takes one Adam step of rate ``lr_g * g_steps`` along the sum of the inner
+gradients (first-order MAML) or towards the copy (Reptile: gradient 67 (meta - copy)).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from python_models import losses
+from python_models.data import ImagePool, RandomCropFlip
+from python_models.methods.base import (
+    METHODS,
+    Batch,
+    Context,
+    Method,
+    Synthesis,
+    backward_into,
+    total,
+)
+from python_models.networks import build_generator
+
+REPTILE_GAIN = 67.0
+"""Factor of the Reptile gradient in the released code."""
+
+
+@dataclass(kw_only=True)
+class FastSettings:
+    """Settings of Fast."""
+
+    g_steps: int = 10
+    """Inner steps of a round."""
+    lr_g: float = 2e-3
+    """Learning rate of the generator in them."""
+    lr_z: float = 0.01
+    """Learning rate of the latents."""
+    meta: Literal["fomaml", "reptile", "none"] = "fomaml"
+    """How the generator learns across rounds; none: it is simply trained on."""
+    generator: str = "generator_small"
+    """Name of the generator (see: kdci list generators)."""
+    latent_dim: int = 256
+    """Length of the latent vectors."""
+    synthesis_batch_size: int = 256
+    """Images made in a round."""
+    bn: float = 10.0
+    """Weight of the BatchNorm statistics."""
+    oh: float = 0.4
+    """Weight of the one-hot term."""
+    adv: float = 1.1
+    """Weight of the adversarial term."""
+    bn_momentum: float = 0.9
+    """Momentum of the batch statistics over rounds."""
+    warmup: int = 20
+    """Rounds before the first student step, and before the adversarial term."""
+    reset_l0: bool = True
+    """Draw the generator's first linear and BatchNorm layer anew after --reset-after rounds."""
+    reset_after: int = 120
+    """Rounds after warm-up at which that happens."""
+    pool_size: int = 60000
+    """Capacity of the pool; the oldest images leave it."""
+    pool_storage: Literal["float", "uint8"] = "uint8"
+    """How the pool stores pixels."""
+    crop: int = 4
+    """Padding of the random crop of generated and pooled images; 0: none."""
+    flip: bool = True
+    """Random horizontal flips of them."""
+
+
+@METHODS.register("fast")
+class Fast(Method[FastSettings]):
+    """Meta-generator that fills a pool; the student learns from the pool."""
+
+    summary = "meta-learned generator, few steps a round, BatchNorm statistics, image pool"
+    Settings = FastSettings
+    defaults = {"kd_steps": 400, "temperature": 20.0, "lr": 0.2, "lr_min": 2e-4}
+    num_prototypes = 8
+
+    def __init__(self, settings: FastSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        channels, size, _ = context.image_shape
+        with context.randomness.initialising("generator"):
+            self.generator = build_generator(
+                settings.generator, settings.latent_dim, size, channels
+            ).to(context.device)
+        self.optimizer = torch.optim.Adam(
+            self.generator.parameters(),
+            lr=settings.lr_g * settings.g_steps,
+            betas=(0.5, 0.999),
+        )
+        self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum)
+        self.pool = ImagePool(
+            settings.pool_size, context.image_shape, context.device, settings.pool_storage
+        )
+        self.augment = RandomCropFlip(settings.crop, settings.flip)
+        self.parts = {
+            "generator": self.generator,
+            "optimizer": self.optimizer,
+            "statistics": self.statistics,
+            "pool": self.pool,
+        }
+        self._synthesis_stream = context.randomness.on_device("synthesis")
+        self._pool_stream = context.randomness.on_device("pool")
+
+    @property
+    def warmup_rounds(self) -> int:
+        """Rounds of synthesis before the first student step."""
+        return self.settings.warmup
+
+    def begin_round(self, index: int) -> Synthesis:
+        """Make one batch of images, put it in the pool and update the meta-generator."""
+        s, stream = self.settings, self._synthesis_stream
+        if s.reset_l0 and index == s.warmup + s.reset_after:
+            self._reset_first_layers()
+        inner = self.generator if s.meta == "none" else copy.deepcopy(self.generator)
+        inner.train()
+        self.student.eval()
+        latents = inner.sample_latents(s.synthesis_batch_size, stream).requires_grad_()
+        targets = torch.randint(
+            self.context.num_classes,
+            (s.synthesis_batch_size,),
+            generator=stream,
+            device=self.context.device,
+        )
+        optimizer = torch.optim.Adam(
+            [
+                {"params": inner.parameters(), "lr": s.lr_g},
+                {"params": [latents], "lr": s.lr_z},
+            ],
+            betas=(0.5, 0.999),
+        )
+        self.optimizer.zero_grad()
+        # The best images are kept by torch.where, which does not wait for the device.
+        best_loss = torch.full((), torch.inf, device=self.context.device)
+        best_images = latents.new_zeros(s.synthesis_batch_size, *self.context.image_shape)
+        terms: dict[str, Tensor] = {}
+        for _ in range(s.g_steps):
+            images = inner(latents)
+            terms = self.generator_losses(
+                self.augment(images, stream), targets, adversarial=index >= s.warmup
+            )
+            loss = total(terms)
+            better = loss.detach() < best_loss
+            best_images = torch.where(better, images.detach(), best_images)
+            best_loss = torch.where(better, loss.detach(), best_loss)
+            optimizer.zero_grad()
+            backward_into(loss, inner, latents)
+            if s.meta == "fomaml":
+                _add_gradients(self.generator, inner)
+            optimizer.step()
+        self.statistics.update_average()
+        if s.meta == "reptile":
+            _set_reptile_gradients(self.generator, inner)
+        if s.meta != "none":
+            self.optimizer.step()
+        self.pool.add(best_images)
+        return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
+
+    def generator_losses(
+        self, images: Tensor, targets: Tensor, *, adversarial: bool
+    ) -> dict[str, Tensor]:
+        """Return the weighted terms of the generator's loss for (augmented) images."""
+        with self.statistics:
+            logits = self.teacher(images)
+        s = self.settings
+        terms = {
+            "bn": s.bn * self.statistics.loss(),
+            "oh": s.oh * losses.one_hot_loss(logits, targets),
+        }
+        if adversarial and s.adv:
+            student_logits = self.student(images)
+            terms["adv"] = s.adv * losses.masked_adversarial_loss(student_logits, logits)
+        return terms
+
+    def _reset_first_layers(self) -> None:
+        """Draw the first linear and the first BatchNorm layer from the initial distribution."""
+        modules = list(self.generator.modules())
+        linear = next(m for m in modules if isinstance(m, nn.Linear))
+        norm = next(m for m in modules if isinstance(m, nn.BatchNorm2d))
+        with self.context.randomness.initialising("reset"):
+            for layer in (linear, norm):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def next_batch(self) -> Batch:
+        """Return augmented images of the pool."""
+        images = self.pool.sample(self.context.batch_size, self._pool_stream)
+        return Batch(self.augment(images, self._pool_stream))
+
+    def preview(self, count: int) -> Tensor:
+        """Return images of the pool."""
+        return self.pool.sample(count, torch.Generator().manual_seed(0))
+
+
+def _add_gradients(to: nn.Module, source: nn.Module) -> None:
+    for target, parameter in zip(to.parameters(), source.parameters(), strict=True):
+        assert parameter.grad is not None
+        target.grad = (
+            parameter.grad.clone() if target.grad is None else target.grad + parameter.grad
+        )
+
+
+def _set_reptile_gradients(meta: nn.Module, inner: nn.Module) -> None:
+    for target, parameter in zip(meta.parameters(), inner.parameters(), strict=True):
+        target.grad = REPTILE_GAIN * (target.detach() - parameter.detach())

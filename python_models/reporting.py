@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run shows and leaves behind: its folder, metrics, progress and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from python_models.checkpoint import write_atomically
+from python_models.errors import DivergenceError, UserError
+
+
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        path: The folder; made if it is not there.
+        resume: Go on with the run in it.
+        overwrite: Remove the run in it; files that no run wrote stay.
+
+    Raises:
+        UserError: If it holds a run and neither is asked for, or none and ``resume`` is.
+    """
+
+    OWN = (
+        "config.yaml",
+        "metrics.csv",
+        "summary.json",
+        "checkpoints",
+        "images.png",
+        "class_proportions.png",
+        "student.safetensors",
+        "teacher.safetensors",
+    )
+
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise UserError(f"out_dir={path} is a file: give a folder")
+        holds_run = self.config.exists()
+        if resume and not holds_run:
+            raise UserError(f"out_dir={path} holds no run to resume: leave --resume out")
+        if holds_run and not resume and not overwrite:
+            raise UserError(
+                f"out_dir={path} already holds a run: go on with --resume, replace it with "
+                "--overwrite, or give another --out-dir"
+            )
+        if overwrite:
+            for name in self.OWN:
+                found = path / name
+                if found.is_dir():
+                    shutil.rmtree(found)
+                else:
+                    found.unlink(missing_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make out_dir={path}: {error.strerror}") from error
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One line per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        """The results."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state to resume from."""
+        return self.path / "checkpoints" / "last.pt"
+
+    @property
+    def images(self) -> Path:
+        """Picture of the images that the student learns from."""
+        return self.path / "images.png"
+
+    @property
+    def class_proportions(self) -> Path:
+        """Picture of how often the teacher sees each class in them."""
+        return self.path / "class_proportions.png"
+
+    def weights(self, role: str) -> Path:
+        """Return the file of the trained network, a ``student`` or ``teacher``."""
+        return self.path / f"{role}.safetensors"
+
+
+class LossLog:
+    """Averages loss terms over an epoch and stops the run at the first NaN or Inf.
+
+    On a GPU the values are read in batches, since reading each would wait for the device; the error
+    still names the exact step.
+
+    Args:
+        device: Where the losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._interval = 1 if device.type == "cpu" else 20
+        self._pending: list[tuple[int, str, Tensor]] = []
+        self._calls = 0
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.last: dict[str, float] = {}
+
+    def add(self, step: int, losses: Mapping[str, Tensor]) -> None:
+        """Record the terms of one step.
+
+        Raises:
+            DivergenceError: If a recorded term is NaN or infinite.
+        """
+        self._pending += [(step, name, value.detach()) for name, value in losses.items()]
+        self._calls += 1
+        if self._calls % self._interval == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the recorded terms.
+
+        Raises:
+            DivergenceError: If one is NaN or infinite.
+        """
+        if not self._pending:
+            return
+        values = torch.stack([value.double() for _, _, value in self._pending]).tolist()
+        for (step, name, _), value in zip(self._pending, values, strict=True):
+            if value != value or value in (float("inf"), float("-inf")):
+                raise DivergenceError(f"the loss term {name!r} became {value} at step {step}")
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+            self.last[name] = value
+        self._pending.clear()
+
+    def averages(self) -> dict[str, float]:
+        """Return the averages since the last `reset`."""
+        self.flush()
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+    def reset(self) -> None:
+        """Begin a new epoch."""
+        self.sums, self.counts = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums."""
+        self.flush()
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sums."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line per row; a row may lack columns that others have."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    write_atomically(path, lambda temporary: temporary.write_text(buffer.getvalue()))
+
+
+def write_summary(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a run's results as JSON."""
+    text = json.dumps(dict(values), indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+class Progress:
+    """Progress bar with ETA on a terminal, a line per epoch elsewhere.
+
+    Args:
+        title: What is running.
+        total: Number of steps.
+        done: Steps made before.
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0) -> None:
+        self._title = title
+        self._total = total
+        self._done = done
+        self._first = done
+        self._begin = time.monotonic()
+        self._fields: dict[str, str] = {}
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, leave=False
+            )
+
+    def step(self, losses: Mapping[str, float]) -> None:
+        """Count one step and show the last loss terms."""
+        self._done += 1
+        if self._bar is not None:
+            self._fields.update({name: f"{value:.3g}" for name, value in losses.items()})
+            self._bar.set_postfix(self._fields, refresh=False)
+            self._bar.update()
+
+    def epoch(self, text: str, fields: Mapping[str, str]) -> None:
+        """Report the end of an epoch.
+
+        Args:
+            text: The whole report, printed where there is no bar.
+            fields: Its short form, kept beside the bar.
+        """
+        if self._bar is not None:
+            self._fields.update(fields)
+            return
+        made = self._done - self._first
+        spent = time.monotonic() - self._begin
+        left = spent / made * (self._total - self._done) if made else 0.0
+        print(f"{self._title}: {text}, {duration(left)} left", flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def picture_of_images(path: Path, images: Tensor, columns: int = 8) -> None:
+    """Save images ``[n, c, h, w]`` in [0, 1] as one grid, enlarged by whole pixels."""
+    from matplotlib.image import imsave
+
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    grid = torch.ones(rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
+    pixels = images.detach().float().cpu().clamp(0, 1)
+    if channels == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    for index, image in enumerate(pixels):
+        top = 2 + index // columns * (height + 2)
+        left = 2 + index % columns * (width + 2)
+        grid[top : top + height, left : left + width] = image[:3].permute(1, 2, 0)
+    factor = max(1, 640 // grid.shape[1])
+    grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    write_atomically(path, lambda temporary: imsave(temporary, grid.numpy(), format="png"))
+
+
+def picture_of_proportions(
+    path: Path, counts: Tensor, class_names: Sequence[str] | None = None
+) -> None:
+    """Save a bar chart of how often the teacher predicted each class."""
+    from matplotlib.figure import Figure
+
+    shares = 100.0 * counts.double().cpu() / counts.sum().clamp(min=1).cpu()
+    classes = len(shares)
+    figure = Figure(figsize=(max(5.0, min(14.0, 0.3 * classes + 2)), 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(classes), shares.tolist(), width=0.8, color="tab:blue")
+    axes.axhline(100 / classes, color="black", linewidth=0.8, linestyle="--", label="even")
+    axes.set_ylabel("images (%)")
+    axes.set_title("Classes the teacher sees in the training images")
+    if class_names is not None and classes <= 20:
+        axes.set_xticks(range(classes), class_names, rotation=45, ha="right")
+    else:
+        axes.set_xlabel("class")
+    axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

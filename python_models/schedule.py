@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rates as functions of progress, so that resuming needs no scheduler's state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from python_models.config import read_settings
+from python_models.errors import UserError
+
+MAY_CHANGE = frozenset({"out_dir", "resume", "overwrite", "device", "data_root"})
+"""Settings that may differ when a run is resumed."""
+
+
+def learning_rate(
+    schedule: str,
+    base: float,
+    done: float,
+    *,
+    lr_min: float = 0.0,
+    milestones: Sequence[float] = (),
+) -> float:
+    """Return the learning rate at a point of the run.
+
+    Args:
+        schedule: ``cosine`` to `lr_min`, ``step`` (a tenth at each milestone) or ``constant``.
+        base: Rate at the start.
+        done: Fraction of the run in [0, 1].
+        lr_min: Rate at the end of the cosine.
+        milestones: Fractions of the run.
+    """
+    if schedule == "cosine":
+        return lr_min + (base - lr_min) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "step":
+        return base * 0.1 ** sum(done >= milestone for milestone in milestones)
+    return base
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the rate of all of an optimiser's parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def check_same_run(settings: Mapping[str, Any], saved: Path) -> None:
+    """Check that a run is resumed with the settings it began with.
+
+    Args:
+        settings: Flat settings of now.
+        saved: The run's config.yaml.
+
+    Raises:
+        UserError: Naming the first settings that differ.
+    """
+    before = read_settings(saved)
+    differing = [
+        f"{name} was {before.get(name)!r} and is {value!r} now"
+        for name, value in settings.items()
+        if name not in MAY_CHANGE and before.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{saved.parent} cannot be resumed with other settings: {', '.join(differing[:3])}"
+        )

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers: loading one that exists, training one that does not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from python_models.checkpoint import (
+    NetworkInfo,
+    StopRequest,
+    export_network,
+    load_checkpoint,
+    load_weights,
+    read_info,
+    read_weights,
+    save_checkpoint,
+)
+from python_models.config import TrainTeacherConfig, flatten, write_yaml
+from python_models.data import LabelledData, RandomCropFlip, dataset_spec, load_labelled, to_float
+from python_models.errors import Interrupted, UserError
+from python_models.evaluate import accuracy
+from python_models.networks import Classifier, build_network
+from python_models.randomness import Randomness
+from python_models.reporting import LossLog, Progress, RunFolder, write_metrics, write_summary
+from python_models.schedule import check_same_run, learning_rate, set_learning_rate
+
+ROLES = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A trained network with what is known of it."""
+
+    classifier: Classifier
+    info: NetworkInfo
+
+    def require_fit(self, data: LabelledData, dataset: str) -> None:
+        """Check that a dataset has the network's classes and image shape.
+
+        Raises:
+            UserError: If not.
+        """
+        shape = tuple(data.images.shape[1:])
+        if data.num_classes != self.info.num_classes or shape != self.info.image_shape:
+            raise UserError(
+                f"dataset {dataset} has {data.num_classes} classes of images {list(shape)}, but "
+                f"{self.info.network} was made for {self.info.num_classes} classes of images "
+                f"{list(self.info.image_shape)}: give the dataset it was trained for"
+            )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of this name; ``auto`` is the GPU where there is one.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} cannot be used ({reason}): try --device cpu") from error
+    return device
+
+
+def load_network(
+    source: str,
+    weights: Path | None,
+    dataset: str | None,
+    argument: str = "teacher",
+    weights_argument: str = "teacher_weights",
+    data_root: Path = Path("data"),
+) -> LoadedNetwork:
+    """Load a trained network, frozen and in eval mode.
+
+    Args:
+        source: A run folder, a .safetensors file that describes itself, or a network's name.
+        weights: State dict, where `source` is a name.
+        dataset: Task of a network given by name: classes, image shape and normalisation.
+        argument: What the user calls `source`, for error messages.
+        weights_argument: What the user calls `weights`.
+        data_root: Where a dataset's .npz file may be.
+
+    Raises:
+        UserError: If it cannot be found or does not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = [file for role in ROLES if (file := path / f"{role}.safetensors").is_file()]
+        if not files:
+            raise UserError(
+                f"{argument}={source} is a folder without student.safetensors or "
+                "teacher.safetensors: give the folder of a finished run"
+            )
+        path = files[0]
+    if path.is_file() or path.suffix == ".safetensors":
+        info = read_info(path)
+        if info is None:
+            raise UserError(
+                f"{path} does not say which network it holds: give the network's name as "
+                f"--{argument} and this file as --{weights_argument.replace('_', '-')}"
+            )
+    else:
+        if weights is None:
+            build_network(source, 2)  # an unknown name is the likelier mistake
+            raise UserError(
+                f"{argument}={source} is a network's name: give its weights with "
+                f"--{weights_argument.replace('_', '-')}, or a run folder as --{argument}"
+            )
+        if dataset is None:
+            raise UserError(f"dataset is required where --{argument} is a network's name")
+        spec = dataset_spec(dataset, data_root)
+        mean, std = spec.normalisation
+        info = NetworkInfo(
+            source,
+            spec.num_classes,
+            (spec.channels, spec.image_size, spec.image_size),
+            tuple(mean),
+            tuple(std),
+            dataset,
+        )
+        path = weights
+    network = build_network(info.network, info.num_classes, info.image_shape[0])
+    load_weights(network, read_weights(path), info.network, path)
+    classifier = Classifier(network, info.mean, info.std)
+    return LoadedNetwork(classifier.eval().requires_grad_(False), info)
+
+
+def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
+    """Run ``kdci train-teacher``.
+
+    Returns:
+        What ``summary.json`` holds; ``accuracy`` is that of the last epoch in percent.
+
+    Raises:
+        UserError: If the configuration or the data are wrong.
+        Interrupted: After Ctrl-C, when the state is saved.
+    """
+    if config.dataset is None:
+        raise UserError("dataset is required: see `kdci list datasets`")
+    for name, value in (("epochs", config.epochs), ("batch_size", config.batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be >= 1")
+    device = resolve_device(config.device)
+    train = load_labelled(config.dataset, "train", config.data_root, download=config.download)
+    test = load_labelled(config.dataset, "test", config.data_root, download=config.download)
+    spec = dataset_spec(config.dataset, config.data_root)
+    info = NetworkInfo(
+        config.network,
+        train.num_classes,
+        tuple(train.images.shape[1:]),  # type: ignore[arg-type]
+        tuple(spec.normalisation[0]),
+        tuple(spec.normalisation[1]),
+        config.dataset,
+    )
+    out_dir = config.out_dir or Path(
+        f"runs/teacher-{config.network}-{Path(config.dataset).stem}-seed{config.seed}"
+    )
+    randomness = Randomness(config.seed, device)
+    with randomness.initialising("network"):
+        network = build_network(info.network, info.num_classes, info.image_shape[0])
+    folder = RunFolder(out_dir, resume=config.resume, overwrite=config.overwrite)
+    if config.resume:
+        check_same_run(flatten(config), folder.config)
+    write_yaml(folder.config, config)
+    classifier = Classifier(network, info.mean, info.std).to(device)
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
+    augment = RandomCropFlip(config.crop, config.flip) if config.crop or config.flip else None
+    order_stream = randomness.on_cpu("order")
+    augment_stream = randomness.on_device("augment")
+    rows: list[dict[str, Any]] = []
+    first_epoch, seconds = 0, 0.0
+    if config.resume and folder.checkpoint.exists():
+        state = load_checkpoint(folder.checkpoint)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        randomness.load_state_dict(state["randomness"])
+        rows, first_epoch, seconds = state["rows"], state["epoch"], state["seconds"]
+
+    steps = -(-len(train.labels) // config.batch_size)
+    log = LossLog(device)
+    progress = Progress(f"teacher {config.network}", config.epochs * steps, first_epoch * steps)
+    begin = time.monotonic() - seconds
+    with StopRequest() as stop:
+        for epoch in range(first_epoch, config.epochs):
+            classifier.train()
+            order = torch.randperm(len(train.labels), generator=order_stream)
+            for step, chosen in enumerate(order.split(config.batch_size)):
+                # A single image has no batch statistics.
+                if len(chosen) == 1 < steps:
+                    continue
+                done = (epoch * steps + step) / (config.epochs * steps)
+                set_learning_rate(optimizer, learning_rate("cosine", config.lr, done))
+                images = to_float(train.images[chosen].to(device))
+                if augment is not None:
+                    images = augment(images, augment_stream)
+                loss = F.cross_entropy(classifier(images), train.labels[chosen].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                log.add(epoch * steps + step, {"loss": loss})
+                progress.step(log.last)
+                if stop.requested:
+                    break
+            if stop.requested:
+                # The epoch is repeated as a whole when the run is resumed.
+                progress.close()
+                kept = f"{first_epoch} of {config.epochs} epochs" if first_epoch else "no epoch"
+                raise Interrupted(
+                    f"stopped with {kept} kept in {folder.path}; go on with the same command and "
+                    "--resume"
+                )
+            row = {"epoch": epoch + 1, **log.averages(), "seconds": time.monotonic() - begin}
+            row["accuracy"] = accuracy(classifier, test, device)
+            log.reset()
+            rows.append(row)
+            progress.epoch(
+                f"epoch {epoch + 1}/{config.epochs}, loss {row['loss']:.3f}, "
+                f"accuracy {row['accuracy']:.2f} %",
+                {"accuracy": f"{row['accuracy']:.2f} %"},
+            )
+            write_metrics(folder.metrics, rows)
+            first_epoch = epoch + 1
+            save_checkpoint(
+                folder.checkpoint,
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "randomness": randomness.state_dict(),
+                    "rows": rows,
+                    "epoch": first_epoch,
+                    "seconds": time.monotonic() - begin,
+                },
+            )
+    progress.close()
+    export_network(folder.weights("teacher"), network, info)
+    summary = {
+        "network": config.network,
+        "dataset": config.dataset,
+        "accuracy": rows[-1]["accuracy"],
+        "seconds": round(rows[-1]["seconds"], 1),
+        "weights": str(folder.weights("teacher")),
+    }
+    write_summary(folder.summary, summary)
+    return summary
