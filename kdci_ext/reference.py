@@ -110,10 +110,23 @@ def _plus_plus(points: Tensor, uniforms: Tensor) -> Tensor:
         picks = torch.searchsorted(cumulative, draws.to(total.device) * total, right=True)
         picks = picks.clamp(max=last)
         potentials = torch.minimum(nearest[:, None], _squared_distances(points, points[picks]))
-        best = int(potentials.sum(0).argmin())
+        best = _first_least(potentials.sum(0).tolist())
         chosen.append(int(picks[best]))
         nearest = potentials[:, best]
     return torch.tensor(chosen, device=points.device)
+
+
+def _first_least(potentials: list[float]) -> int:
+    """Index of the least value, where a later one must be less by more than rounding.
+
+    Exact ties are common (of two rows that are each other's nearest either leaves the same), and
+    every backend must break them alike.
+    """
+    best = 0
+    for candidate, potential in enumerate(potentials):
+        if potential < potentials[best] * (1 - 1e-6):
+            best = candidate
+    return best
 
 
 def _lloyd(

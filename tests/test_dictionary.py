@@ -53,8 +53,8 @@ def inertia_of(points: Tensor, labels: Tensor) -> float:
 
 @given(feature_rows(), st.data())
 def test_matches_the_reference(features, data):
-    """From equal draws the kernels choose the rows that the reference chooses, and end where it
-    ends: labels, proportions and iterations equal, prototypes and inertia to rounding.
+    """From equal draws the kernels choose the rows that the reference chooses and end where it
+    ends, after as many iterations; in every type, for every layout.
     """
     n, d = features.shape
     num_prototypes = data.draw(st.integers(1, min(n, 12)))
@@ -63,37 +63,22 @@ def test_matches_the_reference(features, data):
         "init": data.draw(st.sampled_from(["greedy", "plain"])),
         "pca_components": d,
     }
-    native = build(features, num_prototypes, backend="native", **options)
-    exact = build(features.double(), num_prototypes, backend="reference", **options)
-    # Rounding may break ties between equally near centres, or equally good candidates, another
-    # way; such cases show another labelling of the same quality.
-    if torch.equal(native.labels, exact.labels):
-        scale = float(features.abs().max())
-        torch.testing.assert_close(
-            native.prototypes.double(), exact.prototypes, rtol=1e-5, atol=1e-6 * scale
-        )
-        torch.testing.assert_close(native.proportions.double(), exact.proportions)
-        torch.testing.assert_close(
-            native.inertia, exact.inertia, rtol=1e-4, atol=1e-12 * scale**2 * n
-        )
-    else:
-        assert features.dtype != torch.float64
-        assume(False)
-
-
-@given(feature_rows(dtypes=(torch.float64,)), st.data())
-def test_float64_follows_the_reference_exactly(features, data):
-    """In float64 there is no rounding to blame: the same labels after the same iterations."""
-    n, d = features.shape
-    num_prototypes = data.draw(st.integers(1, min(n, 12)))
-    seed = data.draw(st.integers(0, 99))
-    # Duplicates make exact ties, which both must break towards the lowest index.
     native, exact = (
-        build(features, num_prototypes, seed, pca_components=d, backend=backend)
-        for backend in BACKENDS
+        build(features, num_prototypes, backend=backend, **options) for backend in BACKENDS
     )
-    assert torch.equal(native.labels, exact.labels)
+    assert_same_partition(native.labels, exact.labels)
     assert int(native.num_iter) == int(exact.num_iter)
+    scale = float(features.abs().max())
+    # Between duplicates a surplus centre may win or lose a row by rounding: compare what each row
+    # is assigned, not the numbers of the clusters.
+    torch.testing.assert_close(
+        native.prototypes[native.labels],
+        exact.prototypes[exact.labels],
+        rtol=1e-5,
+        atol=1e-6 * scale,
+    )
+    torch.testing.assert_close(native.proportions[native.labels], exact.proportions[exact.labels])
+    torch.testing.assert_close(native.inertia, exact.inertia, rtol=1e-4, atol=1e-12 * scale**2 * n)
 
 
 @given(feature_rows(), st.integers(1, 64))
@@ -239,11 +224,11 @@ def test_returned_quantities_agree_with_each_other(features, data):
     """
     n, d = features.shape
     num_prototypes = data.draw(st.integers(1, min(n, 20)))
-    got = build(features, num_prototypes, pca_components=d, backend="native")
+    got = build(features, num_prototypes, pca_components=d, tol=0.0, max_iter=300)
     rows = features.double()
     counts = torch.bincount(got.labels, minlength=num_prototypes)
     assert int(got.labels.min()) >= 0
-    torch.testing.assert_close(got.proportions.double(), counts / n, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(got.proportions.double(), counts.double() / n, rtol=1e-6, atol=0)
     scale = float(rows.abs().max())
     for i in range(num_prototypes):
         expected = rows[got.labels == i].mean(0) if counts[i] > 0 else rows.mean(0)
