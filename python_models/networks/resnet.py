@@ -59,7 +59,7 @@ class ResNet(ImageNetwork):
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the spatial mean [b, 512] of the last stage."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x: Tensor = F.relu(self.bn1(self.conv1(images)), inplace=True)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3))
 
