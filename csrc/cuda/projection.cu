@@ -1,0 +1,441 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The rows to cluster: centred, scaled and projected on the leading principal
+// directions. Only the subspace matters, since distances do not change under a
+// rotation.
+#include <math.h>
+
+#include <type_traits>
+
+#include "block.cuh"
+#include "dictionary.h"
+#include "phase.cuh"
+
+namespace kdci::cuda {
+namespace {
+
+// Multiply-adds that one block does about as fast as several launches.
+constexpr int64_t kOneBlockWork = 4 << 20;
+constexpr int64_t kOneBlockElements = 1 << 18;
+
+/// Row `r`, column `c` of the centred and scaled features.
+template <typename A>
+struct Centered {
+  const A* rows;
+  int64_t d;
+  const double* mean;
+  double scale;
+
+  __device__ A operator()(int64_t r, int64_t c) const {
+    const double value = static_cast<double>(rows[r * d + c]);
+    return static_cast<A>((value - mean[c]) * scale);
+  }
+};
+
+template <typename A>
+__device__ Centered<A> centered(const Projection<A>& p) {
+  return {p.features, p.d, p.mean, p.state->scale};
+}
+
+struct ColumnSums {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks) {
+    __shared__ double lane_sum[8][33];
+    const int x = threadIdx.x % 32;
+    const int y = threadIdx.x / 32;
+    const int64_t tiles = ceil_div(p.d, 32);
+    for (int64_t item = block; item < p.slices * tiles; item += blocks) {
+      const int64_t slice = item / tiles;
+      const int64_t column = item % tiles * 32 + x;
+      const int64_t end = minimum(p.n, (slice + 1) * p.slice_rows);
+      double sum = 0;
+      if (column < p.d) {
+        for (int64_t r = slice * p.slice_rows + y; r < end; r += 8) {
+          sum += static_cast<double>(p.features[r * p.d + column]);
+        }
+      }
+      lane_sum[y][x] = sum;
+      __syncthreads();
+      if (y == 0 && column < p.d) {
+        for (int lane = 1; lane < 8; ++lane) {
+          sum += lane_sum[lane][x];
+        }
+        p.column_partial[slice * p.d + column] = sum;
+      }
+      __syncthreads();
+    }
+  }
+};
+
+struct ColumnMeans {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks) {
+    __shared__ double lane_sum[8][33];
+    const int x = threadIdx.x % 32;
+    const int y = threadIdx.x / 32;
+    for (int64_t item = block; item < ceil_div(p.d, 32); item += blocks) {
+      const int64_t column = item * 32 + x;
+      double sum = 0;
+      if (column < p.d) {
+        for (int64_t slice = y; slice < p.slices; slice += 8) {
+          sum += p.column_partial[slice * p.d + column];
+        }
+      }
+      lane_sum[y][x] = sum;
+      __syncthreads();
+      if (y == 0 && column < p.d) {
+        for (int lane = 1; lane < 8; ++lane) {
+          sum += lane_sum[lane][x];
+        }
+        p.mean[column] = sum / static_cast<double>(p.n);
+      }
+      __syncthreads();
+    }
+  }
+};
+
+struct Spread {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks) {
+    for (int64_t slice = block; slice < p.slices; slice += blocks) {
+      const int64_t end = minimum(p.n, (slice + 1) * p.slice_rows);
+      double largest = 0;
+      for (int64_t r = slice * p.slice_rows + threadIdx.x / 32; r < end;
+           r += 8) {
+        for (int64_t c = threadIdx.x % 32; c < p.d; c += 32) {
+          const double value = static_cast<double>(p.features[r * p.d + c]);
+          largest = maximum(largest, fabs(value - p.mean[c]));
+        }
+      }
+      largest = block_reduce(largest, Max());
+      if (threadIdx.x == 0) {
+        p.spread_partial[slice] = largest;
+      }
+    }
+  }
+};
+
+struct SetScale {
+  template <typename A>
+  static __device__ void run(const Projection<A>& p, int64_t block, int64_t) {
+    if (block != 0) {
+      return;
+    }
+    int bad = 0;
+    for (int64_t c = threadIdx.x; c < p.d; c += blockDim.x) {
+      bad |= isfinite(p.mean[c]) ? 0 : 1;
+    }
+    double largest = 0;
+    for (int64_t slice = threadIdx.x; slice < p.slices; slice += blockDim.x) {
+      largest = maximum(largest, p.spread_partial[slice]);
+    }
+    bad = block_reduce(bad, Max());
+    largest = block_reduce(largest, Max());
+    if (threadIdx.x == 0) {
+      DictionaryState state = {};
+      // The difference of two finite float64 numbers can overflow.
+      state.finite = bad == 0 && isfinite(largest);
+      int exponent = 0;
+      if (state.finite) {
+        frexp(largest, &exponent);
+      }
+      // 2^1000 is representable with any float64 value below 2^-1000.
+      state.scale = ldexp(1.0, -maximum(exponent, -1000));
+      *p.state = state;
+    }
+  }
+};
+
+/// q == d: the centred rows themselves.
+struct CopyCentered {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks,
+      bool initial) {
+    if (!p.state->finite) {
+      return;
+    }
+    Centered<A> source = centered(p);
+    source.rows = initial ? p.initial : p.features;
+    A* out = initial ? p.initial_points : p.points;
+    const int64_t rows = initial ? p.initial_rows : p.n;
+    for (int64_t r = block * 8 + threadIdx.x / 32; r < rows; r += blocks * 8) {
+      for (int64_t c = threadIdx.x % 32; c < p.d; c += 32) {
+        out[r * p.d + c] = source(r, c);
+      }
+    }
+  }
+};
+
+/// Upper triangle, by tiles, of Y^T Y or Y Y^T over a slice of the depth.
+struct ScatterPartials {
+  template <typename A>
+  using TileOf = Tile<A, 4>;
+
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks) {
+    if (!p.state->finite) {
+      return;
+    }
+    constexpr int64_t side = TileOf<A>::kSide;
+    const Centered<A> y = centered(p);
+    const bool gram = p.gram;
+    const int64_t tiles = ceil_div(p.subspace.m, side);
+    const int64_t depth = gram ? p.d : p.n;
+    const int64_t slice_depth = ceil_div(depth, p.scatter_slices);
+    const int64_t items = p.scatter_slices * tiles * tiles;
+    for (int64_t item = block; item < items; item += blocks) {
+      const int64_t slice = item / (tiles * tiles);
+      const int64_t row = item / tiles % tiles * side;
+      const int64_t column = item % tiles * side;
+      if (column < row) {
+        continue;
+      }
+      TileOf<A> tile;
+      tile.clear();
+      tile.accumulate(
+          row,
+          column,
+          p.subspace.m,
+          p.subspace.m,
+          minimum(depth, slice * slice_depth),
+          minimum(depth, (slice + 1) * slice_depth),
+          gram,
+          gram,
+          [=](int64_t i, int64_t k) { return gram ? y(i, k) : y(k, i); },
+          [=](int64_t k, int64_t j) { return gram ? y(j, k) : y(k, j); },
+          MultiplyAdd());
+      double* out = p.scatter_partial + slice * p.subspace.m * p.subspace.m;
+      const int64_t m = p.subspace.m;
+      tile.store(row, column, m, m, [=](int64_t i, int64_t j, double sum) {
+        out[i * m + j] = sum;
+      });
+    }
+  }
+};
+
+struct ScatterSum {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks) {
+    if (!p.state->finite) {
+      return;
+    }
+    const int64_t size = p.subspace.m * p.subspace.m;
+    for (int64_t e = block * blockDim.x + threadIdx.x; e < size;
+         e += blocks * blockDim.x) {
+      const int64_t i = e / p.subspace.m;
+      const int64_t j = e % p.subspace.m;
+      const int64_t source = i <= j ? e : j * p.subspace.m + i;
+      double sum = 0;
+      for (int64_t slice = 0; slice < p.scatter_slices; ++slice) {
+        sum += p.scatter_partial[slice * size + source];
+      }
+      p.subspace.scatter[e] = sum;
+    }
+  }
+};
+
+constexpr int64_t kDirectionSide = Tile<double, 2>::kSide;
+
+/// Y^T U / sqrt(eigenvalue): from eigenvectors of Y Y^T to those of Y^T Y.
+struct FormDirections {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks) {
+    if (!p.state->finite) {
+      return;
+    }
+    const Centered<A> y = centered(p);
+    const double* leading = p.subspace.leading;
+    const double* values = p.subspace.values;
+    double* out = p.directions;
+    const int64_t q = p.q;
+    const int64_t tiles = ceil_div(q, kDirectionSide);
+    const int64_t items = ceil_div(p.d, kDirectionSide) * tiles;
+    for (int64_t item = block; item < items; item += blocks) {
+      const int64_t row = item / tiles * kDirectionSide;
+      const int64_t column = item % tiles * kDirectionSide;
+      Tile<double, 2> tile;
+      tile.clear();
+      tile.accumulate(
+          row,
+          column,
+          p.d,
+          q,
+          0,
+          p.n,
+          false,
+          false,
+          [=](int64_t i, int64_t k) { return static_cast<double>(y(k, i)); },
+          [=](int64_t k, int64_t j) { return leading[k * q + j]; },
+          MultiplyAdd());
+      tile.store(row, column, p.d, q, [=](int64_t i, int64_t j, double sum) {
+        // A direction without variance has no say in distances.
+        const bool kept = values[j] > 1e-14 * values[0];
+        out[i * q + j] = kept ? sum / sqrt(values[j]) : 0;
+      });
+    }
+  }
+};
+
+/// points = Y * directions.
+struct Project {
+  template <typename A>
+  static __device__ void run(
+      const Projection<A>& p,
+      int64_t block,
+      int64_t blocks,
+      bool initial) {
+    if (!p.state->finite) {
+      return;
+    }
+    constexpr int64_t side = Tile<A, 4>::kSide;
+    Centered<A> y = centered(p);
+    y.rows = initial ? p.initial : p.features;
+    A* out = initial ? p.initial_points : p.points;
+    const double* directions = p.directions;
+    const int64_t rows = initial ? p.initial_rows : p.n;
+    const int64_t q = p.q;
+    const int64_t tiles = ceil_div(q, side);
+    for (int64_t item = block; item < ceil_div(rows, side) * tiles;
+         item += blocks) {
+      const int64_t row = item / tiles * side;
+      const int64_t column = item % tiles * side;
+      Tile<A, 4> tile;
+      tile.clear();
+      tile.accumulate(
+          row,
+          column,
+          rows,
+          q,
+          0,
+          p.d,
+          true,
+          false,
+          y,
+          [=](int64_t k, int64_t j) {
+            return static_cast<A>(directions[k * q + j]);
+          },
+          MultiplyAdd());
+      tile.store(row, column, rows, q, [=](int64_t i, int64_t j, double sum) {
+        out[i * q + j] = static_cast<A>(sum);
+      });
+    }
+  }
+};
+
+/// The order of the phases before and after the subspace is found.
+#pragma nv_exec_check_disable
+template <typename A, typename Runner>
+__host__ __device__ void prepare(const Projection<A>& p, Runner runner) {
+  const int64_t column_tiles = ceil_div(p.d, 32);
+  runner.template run<ColumnSums>(p.slices * column_tiles);
+  runner.template run<ColumnMeans>(column_tiles);
+  runner.template run<Spread>(p.slices);
+  runner.template run<SetScale>(1);
+  if (p.q == p.d) {
+    runner.template run<CopyCentered>(ceil_div(p.n, 8), false);
+    runner.template run<CopyCentered>(ceil_div(p.initial_rows, 8), true);
+  } else {
+    const int64_t tiles = ceil_div(p.subspace.m, Tile<A, 4>::kSide);
+    runner.template run<ScatterPartials>(p.scatter_slices * tiles * tiles);
+    runner.template run<ScatterSum>(
+        ceil_div(p.subspace.m * p.subspace.m, kThreads));
+  }
+}
+
+// For float32 alone: it would double the time to compile this file, and float64
+// features are rare.
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(const Projection<float> p) {
+  prepare(p, InOneBlock<Projection<float>>{p});
+}
+
+} // namespace
+
+template <typename A>
+Projection<A>::Projection(
+    int64_t n,
+    int64_t d,
+    int64_t q,
+    int64_t initial_rows,
+    Arena& arena)
+    : n(n),
+      d(d),
+      q(q),
+      initial_rows(initial_rows),
+      state(arena.take<DictionaryState>(1)),
+      gram(d > n && q <= n) {
+  mean = arena.take<double>(d);
+  points = arena.take<A>(n * q);
+  initial_points = arena.take<A>(initial_rows * q);
+  slice_rows = largest(256, ceil_div(n, 1024));
+  slices = ceil_div(n, slice_rows);
+  column_partial = arena.take<double>(slices * d);
+  spread_partial = arena.take<double>(slices);
+  one_block = n * d <= kOneBlockElements;
+  if (q == d) {
+    return;
+  }
+  const int64_t m = gram ? n : d;
+  const int64_t depth = gram ? d : n;
+  subspace = Subspace(m, q, state, arena);
+  one_block = one_block && m * m * depth <= kOneBlockWork;
+  const int64_t tiles = ceil_div(m, Tile<A, 4>::kSide);
+  scatter_slices = one_block
+      ? 1
+      : smallest(ceil_div(depth, 512), largest(1, 512 / (tiles * tiles)));
+  scatter_partial = arena.take<double>(scatter_slices * m * m);
+  directions = gram ? arena.take<double>(d * q) : subspace.leading;
+}
+
+template <typename A>
+void Projection<A>::run(cudaStream_t stream) const {
+  const AsLaunches<Projection<A>> launches{*this, stream};
+  bool prepared = false;
+  if constexpr (std::is_same_v<A, float>) {
+    if (one_block) {
+      launch(prepare_kernel, 1, kThreads, stream, *this);
+      prepared = true;
+    }
+  }
+  if (!prepared) {
+    prepare(*this, launches);
+  }
+  if (q == d) {
+    return;
+  }
+  subspace.run(stream);
+  if (gram) {
+    launches.template run<FormDirections>(
+        ceil_div(d, kDirectionSide) * ceil_div(q, kDirectionSide));
+  }
+  constexpr int64_t side = Tile<A, 4>::kSide;
+  const int64_t columns = ceil_div(q, side);
+  launches.template run<Project>(ceil_div(n, side) * columns, false);
+  launches.template run<Project>(ceil_div(initial_rows, side) * columns, true);
+}
+
+template struct Projection<float>;
+template struct Projection<double>;
+
+} // namespace kdci::cuda
