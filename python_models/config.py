@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from python_models.errors import UserError, unknown_name
 
@@ -241,7 +241,7 @@ def _replace_leaves(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
             changes[item.name] = _replace_leaves(value, values)
         elif item.name in values:
             changes[item.name] = values[item.name]
-    return cast(ConfigT, replace(config, **changes))  # type: ignore[type-var]
+    return replace(config, **changes)  # type: ignore[type-var]
 
 
 def _convert(name: str, value: Any, hint: Any, source: str) -> Any:

@@ -243,7 +243,7 @@ class Distillation:
         optimizers = [self.optimizer, *self.method.optimizers()]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        total(losses).backward()
+        torch.autograd.backward(total(losses))
         for optimizer in optimizers:
             optimizer.step()
         self.class_counts += torch.bincount(

@@ -41,7 +41,7 @@ def accuracies(
     training = network.training
     network.eval()
     for images, labels in zip(
-        data.images.split(batch_size), data.labels.split(batch_size), strict=True
+        torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
     ):
         logits = network(to_float(images.to(device)))
         for name, head in heads.items():

@@ -78,8 +78,9 @@ def information_entropy_loss(logits: Tensor, base: Literal["e", "10"] = "e") -> 
     Returns:
         Scalar ``sum_c m_c log m_c`` with ``m = mean_b softmax(t)``.
     """
-    mean = F.softmax(logits, dim=1).mean(0)
-    negative_entropy = torch.xlogy(mean, mean).sum()
+    # Clamped, since the derivative of m log m at an absent class is infinite.
+    mean = F.softmax(logits, dim=1).mean(0).clamp(min=torch.finfo(logits.dtype).tiny)
+    negative_entropy = (mean * mean.log()).sum()
     return negative_entropy / math.log(10.0) if base == "10" else negative_entropy
 
 
@@ -173,7 +174,8 @@ class BatchNormStatistics:
                 old_mean, old_variance = self._average[index]
                 mean = (1 - self.momentum) * mean + self.momentum * old_mean
                 variance = (1 - self.momentum) * variance + self.momentum * old_variance
-            assert layer.running_mean is not None and layer.running_var is not None
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
             total = total + torch.linalg.vector_norm(layer.running_var - variance)
             total = total + torch.linalg.vector_norm(layer.running_mean - mean)
         return total

@@ -200,7 +200,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
         for epoch in range(first_epoch, config.epochs):
             classifier.train()
             order = torch.randperm(len(train.labels), generator=order_stream)
-            for step, chosen in enumerate(order.split(config.batch_size)):
+            for step, chosen in enumerate(torch.split(order, config.batch_size)):
                 # A single image has no batch statistics.
                 if len(chosen) == 1 < steps:
                     continue
@@ -211,7 +211,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
                     images = augment(images, augment_stream)
                 loss = F.cross_entropy(classifier(images), train.labels[chosen].to(device))
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 log.add(epoch * steps + step, {"loss": loss})
                 progress.step(log.last)

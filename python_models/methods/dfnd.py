@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class DFND(Method[DFNDSettings]):
 
     summary = "the unlabelled images that the teacher is most certain of, with noise adaptation"
     Settings = DFNDSettings
-    defaults = {
+    defaults: ClassVar = {
         "ep_steps": 0,
         "kd_steps": 1,
         "epochs": 34,
@@ -100,7 +100,7 @@ class DFND(Method[DFNDSettings]):
         """Select the images; their logits are the features of the dictionary."""
         assert self._candidates is not None
         indices, logits = select_confident(
-            self._candidates.split(SELECTION_BATCH),
+            torch.split(self._candidates, SELECTION_BATCH),
             self.teacher,
             self.settings.select,
             self.context.device,

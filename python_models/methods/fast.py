@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,16 +87,16 @@ class Fast(Method[FastSettings]):
 
     summary = "meta-learned generator, few steps a round, BatchNorm statistics, image pool"
     Settings = FastSettings
-    defaults = {"kd_steps": 400, "temperature": 20.0, "lr": 0.2, "lr_min": 2e-4}
+    defaults: ClassVar = {"kd_steps": 400, "temperature": 20.0, "lr": 0.2, "lr_min": 2e-4}
     num_prototypes = 8
 
     def __init__(self, settings: FastSettings, context: Context) -> None:
         super().__init__(settings, context)
         channels, size, _ = context.image_shape
         with context.randomness.initialising("generator"):
-            self.generator = build_generator(
-                settings.generator, settings.latent_dim, size, channels
-            ).to(context.device)
+            generator = build_generator(settings.generator, settings.latent_dim, size, channels)
+        # channels_last makes generators about twice as fast, on CPUs too.
+        self.generator = generator.to(context.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(),
             lr=settings.lr_g * settings.g_steps,
