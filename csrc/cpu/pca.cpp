@@ -26,11 +26,11 @@ constexpr int64_t oversampling = 8;
 constexpr int max_cycles = 12;
 constexpr int max_degree = 16;
 
-// Blocks of the symmetric products: only those on and above the diagonal are
-// computed.
-constexpr int64_t small_panel = 48;
-constexpr int64_t large_panel = 192;
+// From this width on the matrix is shared out between threads, not the rows.
 constexpr int64_t wide_rows = 128;
+
+// Rows of a tile of the matrix that one task computes: whole groups.
+constexpr int64_t task_rows = 16 * group_columns;
 
 /// A fixed number in [-1, 1) for each index (the SplitMix64 generator).
 double scrambled(uint64_t index) {
@@ -39,15 +39,6 @@ double scrambled(uint64_t index) {
   bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebULL;
   bits ^= bits >> 31;
   return static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-63;
-}
-
-template <typename T>
-void mirror(T* matrix, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      matrix[i * size + j] = matrix[j * size + i];
-    }
-  }
 }
 
 } // namespace
@@ -59,30 +50,44 @@ PrincipalSubspace<T>::PrincipalSubspace(
     int64_t d,
     int64_t q)
     : n_(n), d_(d), q_(q), size_(std::min(n, d)), gram_(n < d) {
+  num_tiles_ = (size_ + tile_points - 1) / tile_points;
   // A full solution takes about as long as iterations on half of the space.
-  const int64_t width = (q + oversampling + 15) / 16 * 16;
-  width_ = 2 * width < size_ ? width : 0;
+  const int64_t width = (q + oversampling + 3) / 4 * 4;
+  width_ = 2 * width < size_ && size_ > 16 ? width : 0;
   groups_ = gram_ || d >= wide_rows ? 1 : std::clamp<int64_t>(n / 8192, 1, 16);
   chunk_rows_ = gram_ ? n : std::min<int64_t>(n, 256);
+  stride_ = gram_ ? d : num_tiles_ * tile_points;
 
+  const int64_t matrix = num_tiles_ * size_ * tile_points;
+  const int64_t block = num_tiles_ * width_ * tile_points;
   basis_ = arena.take<T>(d * q);
   leading_ = gram_ ? arena.take<T>(size_ * q) : basis_;
-  centered_ = arena.take<T>(groups_ * chunk_rows_ * d);
-  partial_ = arena.take<T>(groups_ > 1 ? groups_ * size_ * size_ : 0);
-  matrix_ = arena.take<T>(size_ * size_);
-  block_ = arena.take<T>(size_ * width_);
-  product_ = arena.take<T>(size_ * width_);
-  rotated_ = arena.take<T>(size_ * width_);
-  wide_block_ = arena.take<double>(size_ * width_);
-  wide_product_ = arena.take<double>(size_ * width_);
+  centered_ = arena.take<T>(groups_ * chunk_rows_ * stride_);
+  partial_ = arena.take<T>(groups_ > 1 ? groups_ * matrix : 0);
+  matrix_ = arena.take<T>(matrix);
+  block_ = arena.take<T>(block);
+  product_ = arena.take<T>(block);
+  rotated_ = arena.take<T>(block);
+  packed_ = arena.take<T>(size_ * width_);
+  packed_rotation_ = arena.take<T>(width_ * width_);
   small_gram_ = arena.take<double>(width_ * width_);
   small_ritz_ = arena.take<double>(width_ * width_);
   rotation_ = arena.take<double>(width_ * width_);
-  narrow_rotation_ = arena.take<T>(width_ * width_);
   norms_ = arena.take<double>(width_);
   values_ = arena.take<double>(width_);
   work_ = arena.take<double>(4 * width_);
   kept_ = arena.take<bool>(width_);
+}
+
+/// Coordinate k of a point in tiles of `depth` coordinates.
+template <typename T>
+T* PrincipalSubspace<T>::entry(
+    T* tiles,
+    int64_t depth,
+    int64_t k,
+    int64_t point) const {
+  return tiles + (point / tile_points * depth + k) * tile_points +
+      point % tile_points;
 }
 
 template <typename T>
@@ -127,133 +132,134 @@ template <typename T>
 void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
   const auto& kernels = kmeans_kernels<T>();
   const int64_t d = d_;
+  const int64_t size = num_tiles_ * d * tile_points;
+  // What pads the rows must give zeros.
+  std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
+  const auto center = [&](int64_t first, int64_t count, T* centered) {
+    kernels.center_rows(
+        rows.data + first * d,
+        count,
+        d,
+        rows.shift,
+        rows.scale,
+        centered,
+        stride_);
+  };
+  // Nothing below the diagonal block of a tile is computed.
+  const auto last_row = [&](int64_t tile) {
+    return std::min((tile + 1) * tile_points, d);
+  };
   if (d < wide_rows) {
-    // Groups of rows are summed side by side.
+    T* sums = groups_ > 1 ? partial_ : matrix_;
     torch::stable::parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        T* centered = centered_ + group * chunk_rows_ * d;
-        T* sum = groups_ > 1 ? partial_ + group * d * d : matrix_;
+        T* centered = centered_ + group * chunk_rows_ * stride_;
+        const int64_t first = group * n_ / groups_;
         const int64_t last = (group + 1) * n_ / groups_;
-        int64_t start = group * n_ / groups_;
-        bool accumulate = false;
-        for (; start < last; start += chunk_rows_) {
+        for (int64_t start = first; start < last; start += chunk_rows_) {
           const int64_t count = std::min(chunk_rows_, last - start);
-          kernels.center_rows(
-              rows.data + start * d,
-              count,
-              d,
-              rows.shift,
-              rows.scale,
-              centered);
-          for (int64_t j = 0; j < d; j += small_panel) {
-            const int64_t width = std::min(small_panel, d - j);
-            gemm(
-                j + width,
-                width,
-                count,
-                T(1),
+          center(start, count, centered);
+          for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+            kernels.add_products(
                 centered,
-                1,
-                d,
-                centered + j,
-                d,
-                1,
-                sum + j,
-                d,
-                accumulate);
+                count,
+                stride_,
+                0,
+                last_row(tile),
+                tile * tile_points,
+                sums + group * size + tile * d * tile_points,
+                start > first);
           }
-          accumulate = true;
         }
       }
     });
-    for (int64_t i = 0; groups_ > 1 && i < d * d; ++i) {
+    for (int64_t i = 0; groups_ > 1 && i < size; ++i) {
       double sum = 0;
       for (int64_t group = 0; group < groups_; ++group) {
-        sum += partial_[group * d * d + i];
+        sum += partial_[group * size + i];
       }
       matrix_[i] = static_cast<T>(sum);
     }
   } else {
-    // Blocks of the result are summed side by side.
-    const int64_t panels = (d + large_panel - 1) / large_panel;
+    const int64_t tasks = (d + task_rows - 1) / task_rows;
     for (int64_t start = 0; start < n_; start += chunk_rows_) {
       const int64_t count = std::min(chunk_rows_, n_ - start);
       torch::stable::parallel_for(
           0, count, 64, [&](int64_t begin, int64_t end) {
-            kernels.center_rows(
-                rows.data + (start + begin) * d,
-                end - begin,
-                d,
-                rows.shift,
-                rows.scale,
-                centered_ + begin * d);
+            center(start + begin, end - begin, centered_ + begin * stride_);
           });
       torch::stable::parallel_for(
-          0, panels * panels, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t panel = begin; panel < end; ++panel) {
-              const int64_t i = panel / panels * large_panel;
-              const int64_t j = panel % panels * large_panel;
-              if (i <= j) {
-                gemm(
-                    std::min(large_panel, d - i),
-                    std::min(large_panel, d - j),
+          0, num_tiles_ * tasks, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+              // High and low tiles, of much and little work, take turns.
+              const int64_t pair = task / tasks;
+              const int64_t tile =
+                  pair % 2 == 0 ? pair / 2 : num_tiles_ - 1 - pair / 2;
+              const int64_t first = task % tasks * task_rows;
+              const int64_t last = std::min(first + task_rows, last_row(tile));
+              if (first < last) {
+                kernels.add_products(
+                    centered_,
                     count,
-                    T(1),
-                    centered_ + i,
-                    1,
-                    d,
-                    centered_ + j,
-                    d,
-                    1,
-                    matrix_ + i * d + j,
-                    d,
+                    stride_,
+                    first,
+                    last,
+                    tile * tile_points,
+                    matrix_ + tile * d * tile_points,
                     start > 0);
               }
             }
           });
     }
   }
-  mirror(matrix_, d);
+  mirror();
+}
+
+/// Fills in what lies below the diagonal blocks.
+template <typename T>
+void PrincipalSubspace<T>::mirror() {
+  for (int64_t i = tile_points; i < size_; ++i) {
+    for (int64_t j = 0; j < i / tile_points * tile_points; ++j) {
+      *entry(matrix_, size_, i, j) = *entry(matrix_, size_, j, i);
+    }
+  }
 }
 
 template <typename T>
 void PrincipalSubspace<T>::form_gram(const CenteredRows<T>& rows) {
-  const auto& kernels = kmeans_kernels<T>();
-  const int64_t d = d_;
   torch::stable::parallel_for(0, n_, 16, [&](int64_t begin, int64_t end) {
-    kernels.center_rows(
-        rows.data + begin * d,
+    kmeans_kernels<T>().center_rows(
+        rows.data + begin * d_,
         end - begin,
-        d,
+        d_,
         rows.shift,
         rows.scale,
-        centered_ + begin * d);
+        centered_ + begin * stride_,
+        stride_);
   });
-  const int64_t panels = (n_ + large_panel - 1) / large_panel;
+  std::fill_n(matrix_, num_tiles_ * size_ * tile_points, T(0));
   torch::stable::parallel_for(
-      0, panels * panels, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel) {
-          const int64_t i = panel / panels * large_panel;
-          const int64_t j = panel % panels * large_panel;
-          if (i <= j) {
-            gemm(
-                std::min(large_panel, n_ - i),
-                std::min(large_panel, n_ - j),
-                d,
-                T(1),
-                centered_ + i * d,
-                d,
-                1,
-                centered_ + j * d,
-                1,
-                d,
-                matrix_ + i * n_ + j,
-                n_,
-                false);
-          }
+      0, num_tiles_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t first = tile * tile_points;
+          const int64_t last = std::min(first + tile_points, n_);
+          gemm(
+              last,
+              last - first,
+              d_,
+              T(1),
+              centered_,
+              stride_,
+              1,
+              centered_ + first * stride_,
+              1,
+              stride_,
+              matrix_ + first * size_,
+              tile_points,
+              false);
         }
       });
-  mirror(matrix_, n_);
+  mirror();
 }
 
 /// Divides the matrix by its trace, so that eigenvalues are shares of the
@@ -262,13 +268,13 @@ template <typename T>
 bool PrincipalSubspace<T>::normalize_trace() {
   double trace = 0;
   for (int64_t i = 0; i < size_; ++i) {
-    trace += matrix_[i * size_ + i];
+    trace += *entry(matrix_, size_, i, i);
   }
   if (!(trace > 0)) {
     return false;
   }
   const T factor = static_cast<T>(1 / trace);
-  for (int64_t i = 0; i < size_ * size_; ++i) {
+  for (int64_t i = 0; i < num_tiles_ * size_ * tile_points; ++i) {
     matrix_[i] *= factor;
   }
   return true;
@@ -277,14 +283,13 @@ bool PrincipalSubspace<T>::normalize_trace() {
 /// Block iterations; false if they do not converge.
 template <typename T>
 bool PrincipalSubspace<T>::iterate() {
-  for (int64_t i = 0; i < size_ * width_; ++i) {
+  for (int64_t i = 0; i < num_tiles_ * width_ * tile_points; ++i) {
     block_[i] = static_cast<T>(scrambled(i));
   }
   apply();
   std::swap(block_, product_);
   orthonormalize();
 
-  double missing = 0.1;
   double captured_before = 0;
   for (int cycle = 0; cycle < max_cycles; ++cycle) {
     apply();
@@ -293,26 +298,33 @@ bool PrincipalSubspace<T>::iterate() {
     for (int64_t j = 0; j < q_; ++j) {
       captured += values_[j];
     }
+    // At first all that is known is that little is missing.
+    double missing = 0.1;
     if (cycle > 0) {
       missing = lost_variance() / captured;
       const double gain = (captured - captured_before) / captured;
       if (missing <= tolerance<T> || gain <= tolerance<T> / 8) {
         for (int64_t i = 0; i < size_; ++i) {
-          std::copy_n(block_ + i * width_, q_, leading_ + i * q_);
+          for (int64_t j = 0; j < q_; ++j) {
+            leading_[i * q_ + j] = *entry(block_, width_, j, i);
+          }
         }
         return true;
       }
     }
     captured_before = captured;
     // A polynomial that is small on [0, cut] grows like this at the last
-    // wanted value.
+    // wanted value. The first estimates of both are low, and one long cycle
+    // takes less time than two.
     const double cut =
         std::max(values_[width_ - 1], values_[0] * tolerance<T> / 8);
     const double position = std::max(2 * values_[q_ - 1] / cut - 1, 1.0);
     const double needed =
-        std::acosh(std::sqrt(std::max(missing / (tolerance<T> / 16), 1.0)));
-    const double degree = needed / std::max(std::acosh(position), 1e-3);
-    filter(cut, static_cast<int>(std::clamp(degree, 2.0, 1.0 * max_degree)));
+        std::acosh(std::sqrt(std::max(missing / (tolerance<T> / 8), 1.0))) *
+        (cycle == 0 ? 1.5 : 1.0);
+    const double degree =
+        std::ceil(needed / std::max(std::acosh(position), 1e-3));
+    filter(cut, static_cast<int>(std::clamp(degree, 1.0, 1.0 * max_degree)));
   }
   return false;
 }
@@ -320,24 +332,29 @@ bool PrincipalSubspace<T>::iterate() {
 /// product = matrix * block
 template <typename T>
 void PrincipalSubspace<T>::apply() {
+  T* packed = packed_;
+  for (int64_t first = 0; first < width_; first += group_columns) {
+    const int64_t columns = std::min(group_columns, width_ - first);
+    for (int64_t i = 0; i < size_; ++i) {
+      const T* from = entry(block_, width_, first, i);
+      for (int64_t c = 0; c < columns; ++c) {
+        *packed++ = from[c * tile_points];
+      }
+    }
+  }
   const int64_t grain =
-      std::max<int64_t>(8, (1 << 21) / (size_ * width_) / 8 * 8);
-  torch::stable::parallel_for(0, size_, grain, [&](int64_t begin, int64_t end) {
-    gemm(
-        end - begin,
-        width_,
-        size_,
-        T(1),
-        matrix_ + begin * size_,
-        size_,
-        1,
-        block_,
-        width_,
-        1,
-        product_ + begin * width_,
-        width_,
-        false);
-  });
+      std::max<int64_t>(1, (1 << 21) / (tile_points * size_ * width_));
+  torch::stable::parallel_for(
+      0, num_tiles_, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          kmeans_kernels<T>().project_tile(
+              matrix_ + tile * size_ * tile_points,
+              size_,
+              packed_,
+              width_,
+              product_ + tile * width_ * tile_points);
+        }
+      });
 }
 
 /// block = p(matrix) * block for the Chebyshev polynomial p of [0, cut], given
@@ -347,7 +364,7 @@ void PrincipalSubspace<T>::apply() {
 template <typename T>
 void PrincipalSubspace<T>::filter(double cut, int degree) {
   const double spread = values_[0] / cut;
-  const int stride = spread > 1000 ? 1 : spread > 30 ? 2 : 4;
+  const int period = spread > 1000 ? 1 : spread > 30 ? 2 : 4;
   for (int step = 0; step < degree; ++step) {
     if (step > 0) {
       apply();
@@ -356,10 +373,10 @@ void PrincipalSubspace<T>::filter(double cut, int degree) {
     const int index = step % 2 == 0 ? step / 2 : degree - 1 - step / 2;
     const double angle = 3.14159265358979323846 * (index + 0.5) / degree;
     const T root = static_cast<T>(cut * (1 + std::cos(angle)) / 2);
-    for (int64_t i = 0; i < size_ * width_; ++i) {
+    for (int64_t i = 0; i < num_tiles_ * width_ * tile_points; ++i) {
       block_[i] = product_[i] - root * block_[i];
     }
-    if ((step + 1) % stride == 0 || step + 1 == degree) {
+    if ((step + 1) % period == 0 || step + 1 == degree) {
       orthonormalize();
     }
   }
@@ -369,27 +386,14 @@ void PrincipalSubspace<T>::filter(double cut, int degree) {
 template <typename T>
 void PrincipalSubspace<T>::factorize_block() {
   const int64_t w = width_;
-  std::copy_n(block_, size_ * w, wide_block_);
-  gemm(
-      w,
-      w,
-      size_,
-      1.0,
-      wide_block_,
-      1,
-      w,
-      wide_block_,
-      w,
-      1,
-      small_gram_,
-      w,
-      false);
+  kmeans_kernels<T>().inner_products(
+      block_, block_, num_tiles_, w, small_gram_);
   for (int64_t i = 0; i < w; ++i) {
     const double square = small_gram_[i * w + i];
     norms_[i] = square > 0 ? std::sqrt(square) : 1;
   }
   for (int64_t i = 0; i < w; ++i) {
-    for (int64_t j = 0; j < w; ++j) {
+    for (int64_t j = 0; j <= i; ++j) {
       small_gram_[i * w + j] /= norms_[i] * norms_[j];
     }
   }
@@ -400,26 +404,21 @@ void PrincipalSubspace<T>::factorize_block() {
 template <typename T>
 void PrincipalSubspace<T>::rotate(T*& block) {
   const int64_t w = width_;
-  for (int64_t i = 0; i < w; ++i) {
-    for (int64_t j = 0; j < w; ++j) {
-      narrow_rotation_[i * w + j] =
-          kept_[i] ? static_cast<T>(rotation_[i * w + j] / norms_[i]) : 0;
+  T* packed = packed_rotation_;
+  for (int64_t first = 0; first < w; first += group_columns) {
+    const int64_t columns = std::min(group_columns, w - first);
+    for (int64_t i = 0; i < w; ++i) {
+      const double factor = kept_[i] ? 1 / norms_[i] : 0;
+      for (int64_t c = 0; c < columns; ++c) {
+        *packed++ = static_cast<T>(rotation_[i * w + first + c] * factor);
+      }
     }
   }
-  gemm(
-      size_,
-      w,
-      w,
-      T(1),
-      block,
-      w,
-      1,
-      narrow_rotation_,
-      w,
-      1,
-      rotated_,
-      w,
-      false);
+  for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+    const int64_t offset = tile * w * tile_points;
+    kmeans_kernels<T>().project_tile(
+        block + offset, w, packed_rotation_, w, rotated_ + offset);
+  }
   std::swap(block, rotated_);
 }
 
@@ -443,26 +442,15 @@ void PrincipalSubspace<T>::solve_ritz(bool turn) {
   const auto& kernels = eigen_kernels();
   const int64_t w = width_;
   factorize_block();
-  std::copy_n(product_, size_ * w, wide_product_);
-  gemm(
-      w,
-      w,
-      size_,
-      1.0,
-      wide_block_,
-      1,
-      w,
-      wide_product_,
-      w,
-      1,
-      small_ritz_,
-      w,
-      false);
+  kmeans_kernels<T>().inner_products(
+      block_, product_, num_tiles_, w, small_ritz_);
   for (int64_t i = 0; i < w; ++i) {
-    for (int64_t j = 0; j < w; ++j) {
-      small_ritz_[i * w + j] = kept_[i] && kept_[j]
+    for (int64_t j = 0; j <= i; ++j) {
+      const double entry = kept_[i] && kept_[j]
           ? small_ritz_[i * w + j] / (norms_[i] * norms_[j])
           : 0;
+      small_ritz_[i * w + j] = entry;
+      small_ritz_[j * w + i] = entry;
     }
   }
   // L^-1 (V^T A V) L^-T, from both sides in turn.
@@ -499,29 +487,33 @@ void PrincipalSubspace<T>::solve_ritz(bool turn) {
 /// eigenvalue is off by at most |A v - value v|^2 / its gap to the rest.
 template <typename T>
 double PrincipalSubspace<T>::lost_variance() const {
-  std::vector<double> squares(q_);
-  for (int64_t i = 0; i < size_; ++i) {
-    for (int64_t j = 0; j < q_; ++j) {
-      const double residual = product_[i * width_ + j] -
-          values_[j] * static_cast<double>(block_[i * width_ + j]);
-      squares[j] += residual * residual;
-    }
-  }
   double lost = 0;
   for (int64_t j = 0; j < q_; ++j) {
+    const T value = static_cast<T>(values_[j]);
+    double square = 0;
+    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+      const int64_t offset = (tile * width_ + j) * tile_points;
+      for (int64_t i = offset; i < offset + tile_points; ++i) {
+        const double residual = product_[i] - value * block_[i];
+        square += residual * residual;
+      }
+    }
     const double gap =
         std::max(values_[j] - values_[width_ - 1], 1e-3 * values_[j]);
-    lost += gap > 0 ? squares[j] / gap : 0;
+    lost += gap > 0 ? square / gap : 0;
   }
   return lost;
 }
 
 template <typename T>
 void PrincipalSubspace<T>::solve_fully() {
-  std::vector<double> matrix(matrix_, matrix_ + size_ * size_);
+  std::vector<double> matrix(size_ * size_);
   std::vector<double> vectors(size_ * size_);
   std::vector<double> values(size_);
   std::vector<double> work(4 * size_);
+  for (int64_t i = 0; i < size_ * size_; ++i) {
+    matrix[i] = *entry(matrix_, size_, i / size_, i % size_);
+  }
   eigen_kernels().symmetric_eigen(
       matrix.data(), size_, q_, values.data(), vectors.data(), work.data());
   for (int64_t i = 0; i < size_; ++i) {

@@ -42,6 +42,7 @@ class PrincipalSubspace {
  private:
   void form_covariance(const CenteredRows<T>& rows);
   void form_gram(const CenteredRows<T>& rows);
+  void mirror();
   bool normalize_trace();
   bool iterate();
   void solve_fully();
@@ -49,37 +50,41 @@ class PrincipalSubspace {
   void filter(double cut, int degree);
   void factorize_block();
   void orthonormalize();
-  void solve_ritz(bool rotate);
+  void solve_ritz(bool turn);
   void rotate(T*& block);
   double lost_variance() const;
+  T* entry(T* tiles, int64_t depth, int64_t k, int64_t point) const;
 
   int64_t n_;
   int64_t d_;
   int64_t q_;
-  int64_t size_;  // of the symmetric matrix: min(n, d)
-  int64_t width_; // columns of the block iterated on
+  int64_t size_;      // of the symmetric matrix: min(n, d)
+  int64_t num_tiles_; // of 64 columns of the matrix
+  int64_t width_;     // columns of the block iterated on, or 0
   bool gram_;
-  int64_t groups_;
-  int64_t chunk_rows_;
+  int64_t groups_;     // of rows, summed side by side
+  int64_t chunk_rows_; // centred at a time
+  int64_t stride_;     // of the centred rows
 
+  // The matrix, and blocks of vectors, are stored in tiles (see
+  // simd/kmeans.h): their columns, or the vectors' entries, are the points.
   T* basis_;           // [d, q]
   T* leading_;         // [size, q]: the subspace of the matrix
-  T* centered_;        // [groups, chunk_rows, d], or [n, d] for the Gram matrix
-  T* partial_;         // [groups, size, size]
-  T* matrix_;          // [size, size]
-  T* block_;           // [size, width]: the subspace's basis V
-  T* product_;         // [size, width]: matrix V
-  T* rotated_;         // [size, width]
-  double* wide_block_; // [size, width]
-  double* wide_product_; // [size, width]
-  double* small_gram_;   // [width, width]: V^T V
-  double* small_ritz_;   // [width, width]: V^T matrix V
-  double* rotation_;     // [width, width]
-  T* narrow_rotation_;   // [width, width]
-  double* norms_;        // [width]: of the columns of V
-  double* values_;       // [width]: Ritz values, descending
-  double* work_;         // [4 width]
-  bool* kept_;           // [width]
+  T* centered_;        // [groups, chunk_rows, stride]
+  T* partial_;         // [groups, num_tiles, size, 64]
+  T* matrix_;          // [num_tiles, size, 64]
+  T* block_;           // [num_tiles, width, 64]: the subspace's basis V
+  T* product_;         // [num_tiles, width, 64]: matrix V
+  T* rotated_;         // [num_tiles, width, 64]
+  T* packed_;          // a block, packed for products with the matrix
+  T* packed_rotation_; // [width, width]
+  double* small_gram_; // [width, width]: V^T V
+  double* small_ritz_; // [width, width]: V^T matrix V
+  double* rotation_;   // [width, width]
+  double* norms_;      // [width]: of the columns of V
+  double* values_;     // [width]: Ritz values, descending
+  double* work_;       // [4 width]
+  bool* kept_;         // [width]
 };
 
 } // namespace kdci

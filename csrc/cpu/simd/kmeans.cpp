@@ -28,7 +28,9 @@ KDCI_INLINE void accumulate(
     const T* points,
     int64_t depth,
     const T* columns,
-    Block<T, width>& block) {
+    Block<T, width>& block,
+    int64_t points_stride = tile_points,
+    int64_t columns_stride = width) {
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> point[num_vectors];
 #pragma GCC unroll 4
@@ -48,8 +50,8 @@ KDCI_INLINE void accumulate(
         }
       }
     }
-    points += tile_points;
-    columns += width;
+    points += points_stride;
+    columns += columns_stride;
   }
 }
 
@@ -189,10 +191,11 @@ void center_rows(
     int64_t d,
     const T* __restrict shift,
     T scale,
-    T* __restrict centered) {
+    T* __restrict centered,
+    int64_t stride) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k < d; ++k) {
-      centered[i * d + k] = rows[i * d + k] * scale - shift[k];
+      centered[i * stride + k] = rows[i * d + k] * scale - shift[k];
     }
   }
 }
@@ -263,6 +266,99 @@ void center_tile(
           store(tile + (k + c) * tile_points + i, block[c]);
         }
       }
+    }
+  }
+}
+
+template <typename T>
+void add_products(
+    const T* rows,
+    int64_t n,
+    int64_t stride,
+    int64_t first,
+    int64_t last,
+    int64_t column,
+    T* tile,
+    bool accumulated) {
+  for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+    for_groups(
+        last - first,
+        [&](auto group, int64_t offset) __attribute__((always_inline)) {
+          constexpr int width = decltype(group)::value;
+          T* target = tile + (first + offset) * tile_points + i;
+          Block<T, width> block = {};
+          accumulate<false, T, width>(
+              rows + column + i,
+              n,
+              rows + first + offset,
+              block,
+              stride,
+              stride);
+#pragma GCC unroll 6
+          for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < num_vectors; ++v) {
+              T* to = target + c * tile_points + v * lanes<T>;
+              store(to, accumulated ? load(to) + block[c][v] : block[c][v]);
+            }
+          }
+        });
+  }
+}
+
+/// Sums of products of coordinates i..i+rows of `a` and j..j+columns of `b`.
+template <int rows, int columns, typename T>
+KDCI_INLINE void inner_block(
+    const T* a,
+    const T* b,
+    int64_t num_tiles,
+    int64_t depth,
+    double* products,
+    int64_t stride) {
+  Vec<double> sums[rows][columns] = {};
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    for (int64_t lane = 0; lane < tile_points; lane += lanes<double>) {
+      const int64_t at = tile * depth * tile_points + lane;
+      Vec<double> right[columns];
+#pragma GCC unroll 4
+      for (int c = 0; c < columns; ++c) {
+        right[c] = widen(b + at + c * tile_points);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const Vec<double> left = widen(a + at + r * tile_points);
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; ++c) {
+          sums[r][c] += left * right[c];
+        }
+      }
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < columns; ++c) {
+      products[r * stride + c] = sum_lanes(sums[r][c]);
+    }
+  }
+}
+
+template <typename T>
+void inner_products(
+    const T* a,
+    const T* b,
+    int64_t num_tiles,
+    int64_t depth,
+    double* products) {
+  constexpr int rows = 4;
+  constexpr int columns = vector_bytes == 64 ? 4 : 2;
+  for (int64_t i = 0; i < depth; i += rows) {
+    for (int64_t j = 0; j < i + rows; j += columns) {
+      inner_block<rows, columns>(
+          a + i * tile_points,
+          b + j * tile_points,
+          num_tiles,
+          depth,
+          products + i * depth + j,
+          depth);
     }
   }
 }
@@ -548,6 +644,8 @@ constexpr KmeansKernels<T> table = {
     center_rows<T>,
     center_tile<T>,
     project_tile<T>,
+    add_products<T>,
+    inner_products<T>,
     square_sum<T>,
     seed_tiles<T>,
     assign_tiles<T>,

@@ -33,14 +33,15 @@ struct KmeansKernels {
       T* low,
       T* high);
 
-  /// centered = rows * scale - shift, [n, d].
+  /// centered = rows * scale - shift, [n, d], rows `stride` apart.
   void (*center_rows)(
       const T* rows,
       int64_t n,
       int64_t d,
       const T* shift,
       T scale,
-      T* centered);
+      T* centered,
+      int64_t stride);
 
   /// The same for `count` <= 64 rows, as a tile [d][64]. `shift` has room for
   /// 16 values past its d.
@@ -60,6 +61,28 @@ struct KmeansKernels {
       const T* columns,
       int64_t q,
       T* projected);
+
+  /// Rows [first, last) of X^T X for 64 of its columns, from `column` on, as
+  /// rows of a tile; X [n, d] has rows `stride` apart. They are added to the
+  /// tile if it is `accumulated`.
+  void (*add_products)(
+      const T* rows,
+      int64_t n,
+      int64_t stride,
+      int64_t first,
+      int64_t last,
+      int64_t column,
+      T* tile,
+      bool accumulated);
+
+  /// products [depth, depth] = sum over all points of a_i b_j, for j <= i; the
+  /// rest is left undefined. `depth` is a multiple of 4.
+  void (*inner_products)(
+      const T* a,
+      const T* b,
+      int64_t num_tiles,
+      int64_t depth,
+      double* products);
 
   /// Sum of the squares of a tile's values.
   double (*square_sum)(const T* tile, int64_t depth);
