@@ -4,6 +4,7 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+#include <utility>
 
 #include "vec.h"
 
@@ -85,20 +86,56 @@ inline void store_up_to(T* to, int64_t count, Vec<T> values) {
   }
 }
 
-template <int count, typename T>
-inline T sum_of(const T* values) {
-  if constexpr (count == 1) {
-    return values[0];
+// Takes x and y as consecutive segments of `size` values, and adds the
+// second half of each segment to the first.
+template <int size, typename T, int... lane>
+inline Vec<T> add_halves(
+    Vec<T> x,
+    Vec<T> y,
+    std::integer_sequence<int, lane...>) {
+  constexpr int half = size / 2;
+  return __builtin_shufflevector(x, y, (lane / half * size + lane % half)...) +
+      __builtin_shufflevector(
+             x, y, (lane / half * size + lane % half + half)...);
+}
+
+template <int size, typename T>
+inline Vec<T> add_halves(Vec<T> x, Vec<T> y) {
+  return add_halves<size, T>(
+      x, y, std::make_integer_sequence<int, int(lanes<T>)>());
+}
+
+// The sums of segments of `size` lanes, in the first lanes.
+template <int size, typename T>
+inline Vec<T> sum_segments(Vec<T> values) {
+  if constexpr (size == 1) {
+    return values;
   } else {
-    return sum_of<count / 2>(values) + sum_of<count / 2>(values + count / 2);
+    return sum_segments<size / 2, T>(add_halves<size, T>(values, values));
   }
 }
 
 template <typename T>
 inline T sum_lanes(Vec<T> values) {
-  T copy[lanes<T>];
-  store(copy, values);
-  return sum_of<lanes<T>>(copy);
+  return sum_segments<int(lanes<T>), T>(values)[0];
+}
+
+// The sums of four vectors.
+template <typename T>
+inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
+  constexpr int size = lanes<T>;
+  const Vec<T> low = add_halves<size, T>(values[0], values[1]);
+  const Vec<T> high = add_halves<size, T>(values[2], values[3]);
+  if constexpr (size == 2) {
+    store(sums, low);
+    store(sums + 2, high);
+  } else {
+    const Vec<T> all =
+        sum_segments<size / 4, T>(add_halves<size / 2, T>(low, high));
+    for (int k = 0; k < 4; ++k) {
+      sums[k] = all[k];
+    }
+  }
 }
 
 template <typename T>
@@ -228,8 +265,13 @@ constexpr int64_t panel_width = 2 * lanes<T>;
 // largest_exponent; e^2query is stored with the factor.
 constexpr float denominator_scale = 0x1p-62f;
 constexpr float largest_exponent = 21.5f;
-// The factored form is used where mean |query| + mean |key| is at least this.
+// The factored form is used where mean |query| + mean |key| is at least this
+// and |w_score| / largest_score_norm. Its errors in tanh are absolute, and so
+// relative to tanh large where that is small; they show in the softmax where
+// w_score is large. Beyond these bounds the error was seen to exceed that of
+// computing tanh.
 constexpr float smallest_mean = 0.25f;
+constexpr float largest_score_norm = 8;
 
 template <typename T>
 void pack_keys(
@@ -280,10 +322,16 @@ void finish_keys(const T* w_score, AttentionKeys<T>& keys) {
   keys.mean = sum / static_cast<T>(keys.count * keys.hidden);
 
   T largest = 0;
+  double squares = 0;
   for (int64_t h = 0; h < keys.hidden; ++h) {
     const T size = w_score[h] < 0 ? -w_score[h] : w_score[h];
     largest = size > largest ? size : largest;
+    squares += static_cast<double>(size) * size;
   }
+  const double norm = __builtin_sqrt(squares);
+  keys.smallest_mean = static_cast<T>(
+      norm > smallest_mean * largest_score_norm ? norm / largest_score_norm
+                                                : smallest_mean);
   // Within what both the power and its inverse can be.
   int exponent = 0;
   if (largest > 0 && largest <= (sizeof(T) == 4 ? __FLT_MAX__ : __DBL_MAX__)) {
@@ -325,7 +373,7 @@ bool must_be_direct(
   }
   const T mean = sum / static_cast<T>(rows * keys.hidden);
   return !(largest_lane<T>(largest) <= largest_exponent) ||
-      mean + keys.mean < smallest_mean;
+      mean + keys.mean < keys.smallest_mean;
 }
 
 // Units [first, first + width) of a block's activations.
@@ -424,9 +472,11 @@ void add_scores(
           }
         }
       }
+      T total[tile];
+      sum_lanes_of_four<T>(sum, total);
       for (int64_t k = 0; k < tile && b + k < rows; ++k) {
         T& score = scores[(b + k) * keys.count + i];
-        const T part = sum_lanes<T>(sum[k]) * scale;
+        const T part = total[k] * scale;
         score = first > 0 ? score + part : part;
       }
     }

@@ -37,6 +37,7 @@ struct AttentionKeys {
   T* panel_sum;     // [panels], sum |key|
   T largest;        // max |key|
   T mean;           // mean |key|
+  T smallest_mean;  // of |query| + |key| for the factored form
 };
 
 template <typename T>
@@ -50,7 +51,8 @@ struct AttentionKernels {
       int64_t begin,
       int64_t end);
 
-  /// Sets keys.w_score and score_scale, and sums the panels' statistics up.
+  /// Fills in what of `keys` depends on w_score, and sums the panels'
+  /// statistics up.
   void (*finish_keys)(const T* w_score, AttentionKeys<T>& keys);
 
   /// For one block of `rows` queries: weights [rows, K] = softmax_i(score +

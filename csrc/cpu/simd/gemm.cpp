@@ -112,11 +112,14 @@ void pack(
   }
 }
 
-// One tile of C, of which `rows` x `columns` exist, from packed panels.
+// One tile of C, of which `rows` x `columns` exist, from a packed panel of B
+// and the tile's rows of A.
 template <int vectors, typename T>
 void multiply_tile(
     int64_t depth,
     const T* a,
+    int64_t a_row,
+    int64_t a_col,
     const T* b,
     T* c,
     int64_t c_row,
@@ -133,7 +136,7 @@ void multiply_tile(
     }
 #pragma GCC unroll 8
     for (int i = 0; i < tile_rows; ++i) {
-      const Vec<T> a_value = broadcast(a[k * tile_rows + i]);
+      const Vec<T> a_value = broadcast(a[i * a_row + k * a_col]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         sum[i][v] += a_value * b_row[v];
@@ -224,7 +227,12 @@ void multiply(
       for (int64_t i = 0; i < m; i += tile_rows) {
         const int64_t rows = smaller(tile_rows, m - i);
         const T* from = a + i * a_row + k0 * a_col;
-        pack(tile_rows, rows, k_count, alpha, from, a_row, a_col, packed.a);
+        // Packing pays where rows of A are used more than once.
+        const bool in_place = alpha == 1 && rows == tile_rows &&
+            j_count <= tile_vectors * lanes<T>;
+        if (!in_place) {
+          pack(tile_rows, rows, k_count, alpha, from, a_row, a_col, packed.a);
+        }
         for (int64_t j = 0; j < j_count; j += tile_vectors * lanes<T>) {
           const int64_t width = panel_width<T>(j_count - j);
           const auto tile = width == lanes<T> ? multiply_tile<1, T>
@@ -232,7 +240,9 @@ void multiply(
                                               : multiply_tile<tile_vectors, T>;
           tile(
               k_count,
-              packed.a,
+              in_place ? from : packed.a,
+              in_place ? a_row : 1,
+              in_place ? a_col : tile_rows,
               packed.b + j * k_count,
               c + i * c_row + j0 + j,
               c_row,
