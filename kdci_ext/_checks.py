@@ -69,7 +69,8 @@ def finite_float(name: str, value: object, *, above: float | None = None) -> flo
     """Check for a finite number, greater than ``above`` where that is given."""
     if isinstance(value, bool) or not isinstance(value, float | int):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or (above is not None and value <= above):
+    # Comparisons rather than math.isfinite, which torch.compile cannot trace for changing numbers.
+    if not (-math.inf if above is None else above) < value < math.inf:
         condition = "finite" if above is None else f"finite and > {above:g}"
         raise ValueError(f"{name}={value} must be {condition}")
     return float(value)

@@ -131,21 +131,13 @@ def _fake_grads(
 
 
 def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Gradients that nobody asked for stay None, so that the formulas below can tell.
-    ctx.set_materialize_grads(False)
     *tensors, ctx.posterior, ctx.scale = inputs
     ctx.dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _compensate_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Grads:
-    if any(other is not None for other in others):
-        raise RuntimeError(
-            "kdci_ext::compensate: only `compensated` is differentiable; weights, query and key "
-            "are not: use backend='reference' for their gradients"
-        )
-    if grad is None:
-        return (None,) * 8
+def _compensate_backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> Grads:
     grads = torch.ops.kdci_ext.compensate_backward(
         grad, *ctx.saved_tensors, ctx.posterior, ctx.scale, ctx.dictionary_grad
     )
@@ -158,27 +150,27 @@ def _without_dictionary(grads: tuple[Tensor, ...], dictionary_grad: bool) -> Gra
 
 
 def _kd_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
     ctx.need_grad, ctx.dictionary_grad = inputs[-2:]
     ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _kd_loss_backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Grads:
-    if any(other is not None for other in others):
-        raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
-    if grad is None:
-        return (None,) * 12
+def _kd_loss_backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> Grads:
     if not ctx.need_grad:
         raise RuntimeError(
             "kdci_ext::compensated_kd_loss was called with need_grad=False and kept no gradients"
         )
+    # The gradients were made with the loss: as constants they would drop out of a second
+    # derivative without a word.
+    if torch.is_grad_enabled():
+        raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
     grads = tuple(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
     student, *rest = _without_dictionary(grads, ctx.dictionary_grad)
     return (student, None, *rest, None, None, None, None, None)
 
 
 _NO_DOUBLE_BACKWARD = (
-    "kdci_ext::{} has no second derivative: use backend='reference' for double backward"
+    "kdci_ext::{} has no second derivative (create_graph=True): use backend='reference' for it"
 )
 
 

@@ -31,20 +31,6 @@ def max_error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).abs().max()) if exact.numel() else 0.0
 
 
-def assert_as_exact_as_torch(got: Tensor, plain: Tensor, exact: Tensor, factor: float) -> None:
-    """Hold a kernel's error against float64 to ``factor`` times that of plain PyTorch.
-
-    ``plain`` is PyTorch's result in the same precision. A few units in the last place are
-    allowed besides, since plain PyTorch may happen to be exact.
-    """
-    assert got.dtype == plain.dtype
-    assert got.shape == exact.shape
-    assert bool(torch.isfinite(got).all())
-    unit = torch.finfo(got.dtype).eps * max(float(exact.abs().max()), 1e-30)
-    allowed = factor * max_error(plain, exact) + 4 * unit
-    assert max_error(got, exact) <= allowed, (max_error(got, exact), max_error(plain, exact), unit)
-
-
 @st.composite
 def feature_rows(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
     """Rows to cluster: clouds, duplicates, constant columns, low rank; any scale and layout."""
@@ -106,6 +92,33 @@ class Attention:
         for value in self.operands:
             value.requires_grad_()
         return self
+
+
+def term_bounds(
+    inputs: Attention, grad: Tensor, *, posterior: bool, scale: float
+) -> tuple[Tensor, ...]:
+    """Bounds on the size of the terms that output and gradients are sums of.
+
+    Rounding is relative to these, not to the results, in which terms may cancel: a softmax's
+    gradients sum to 0, a divergence's vanish where student and teacher agree. For the output and
+    then the gradients of logits, prototypes, proportions, w_query, w_key and w_score.
+    """
+    s, z, p, w_query, w_key, w_score = (v.detach().double().abs() for v in inputs.operands)
+    values = scale * (z if posterior else p[:, None] * z).amax(0)
+    row_grads = grad.double().abs()
+    score_grads = 2 * (row_grads * values).sum(1)
+    total = score_grads.sum()
+    direct = scale * row_grads.sum(0).max()
+    smallest = p[p > 0].min() if bool((p > 0).any()) else 1.0
+    return (
+        s.max() + values.max(),
+        row_grads.max() + score_grads.max() * (w_score @ w_query).max(),
+        direct + total * (w_score @ w_key).max(),
+        total / smallest if posterior else scale * (row_grads * z.amax(0)).sum(),
+        w_score.max() * (score_grads @ s).max(),
+        w_score.max() * total * z.max(),
+        total,
+    )
 
 
 def make_attention(

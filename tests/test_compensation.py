@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from strategies import (
     DTYPES,
     Attention,
-    assert_as_exact_as_torch,
     attentions,
     make_attention,
+    max_error,
+    term_bounds,
 )
 from torch.nn import functional as F
 
@@ -38,32 +39,99 @@ def run_loss(inputs: Attention, backend: str, temperature: float, **options):
 # -- against the reference ---------------------------------------------------
 
 
-@given(attentions(), weightings, st.sampled_from([1.0, -0.5, 40.0]))
-def test_compensate_is_as_exact_as_pytorch(inputs, weighting, scale):
-    """Against float64, outputs err at most twice and gradients three times what plain PyTorch in
-    the same precision errs, for any size of the logits.
+def perturbed(inputs: Attention, eps: float) -> Attention:
+    """Inputs in float64 that are each off by one rounding."""
+    generator = torch.Generator().manual_seed(0)
+    return Attention(
+        *(
+            v.double() * (1 + eps * torch.randn(v.shape, generator=generator, dtype=torch.float64))
+            for v in vars(inputs).values()
+        )
+    )
+
+
+def flat(result):
+    output, grads = result
+    return (output, *grads)
+
+
+def assert_rounding_only(run, inputs: Attention, bounds) -> None:
+    """Hold the native result to what rounding explains.
+
+    That is: three times what plain PyTorch errs in the same precision, what one rounding of the
+    inputs does to the exact result, and a few roundings of the largest terms.
     """
+    eps = torch.finfo(torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32).eps
+    exact = flat(run(inputs.to(torch.float64), "reference"))
+    plain = flat(run(inputs, "reference"))
+    got = flat(run(inputs, "native"))
+    moved = flat(run(perturbed(inputs, eps), "reference"))
+    for one, other, truth, shift, bound in zip(got, plain, exact, moved, bounds, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == truth.shape
+        assert bool(torch.isfinite(one).all())
+        allowed = 3 * (max_error(other, truth) + max_error(shift, truth)) + 4 * eps * float(bound)
+        stored = torch.finfo(one.dtype)
+        allowed += stored.eps * float(truth.abs().max()) + stored.smallest_normal * stored.eps
+        assert max_error(one, truth) <= allowed
+
+
+@given(attentions(), weightings, st.sampled_from([1.0, -0.5, 40.0]))
+def test_compensate_matches_the_reference(inputs, weighting, scale):
+    """For all types, layouts and sizes, output and gradients are right to rounding."""
     grad = torch.randn(inputs.logits.shape, dtype=torch.float64)
-    options = {"weighting": weighting, "scale": scale}
-    exact, exact_grads = run_compensate(inputs.to(torch.float64), "reference", grad, **options)
-    plain, plain_grads = run_compensate(inputs, "reference", grad, **options)
-    got, got_grads = run_compensate(inputs, "native", grad, **options)
-    assert_as_exact_as_torch(got, plain, exact, factor=2)
-    for one, other, truth in zip(got_grads, plain_grads, exact_grads, strict=True):
-        assert_as_exact_as_torch(one, other, truth, factor=3)
+    bounds = term_bounds(inputs, grad, posterior=weighting == "posterior", scale=abs(scale))
+    assert_rounding_only(
+        lambda x, backend: run_compensate(x, backend, grad, weighting=weighting, scale=scale),
+        inputs,
+        bounds,
+    )
 
 
 @given(attentions(), weightings, st.sampled_from([1.0, 4.0, 20.0]))
-def test_kd_loss_is_as_exact_as_pytorch(inputs, weighting, temperature):
-    exact, exact_grads = run_loss(
-        inputs.to(torch.float64), "reference", temperature, weighting=weighting
+def test_kd_loss_matches_the_reference(inputs, weighting, temperature):
+    # The gradient of the logits is T / B times a difference of two probabilities.
+    batch = inputs.logits.shape[0]
+    grad = torch.full(inputs.logits.shape, temperature / batch)
+    bounds = term_bounds(inputs, grad, posterior=weighting == "posterior", scale=1.0)
+    largest = max(float(inputs.logits.abs().max()), float(inputs.teacher.abs().max()), 1.0)
+    assert_rounding_only(
+        lambda x, backend: run_loss(x, backend, temperature, weighting=weighting),
+        inputs,
+        (temperature**2 + temperature * (largest + float(bounds[0])), *bounds[1:]),
     )
-    plain, plain_grads = run_loss(inputs, "reference", temperature, weighting=weighting)
-    got, got_grads = run_loss(inputs, "native", temperature, weighting=weighting)
-    # The divergence is a sum of differences of this size.
-    assert abs(float(got - exact)) <= 2 * abs(float(plain - exact)) + 1e-5 * max(1, float(exact))
-    for one, other, truth in zip(got_grads, plain_grads, exact_grads, strict=True):
-        assert_as_exact_as_torch(one, other, truth, factor=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", ["compensate", "loss"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("magnitude", [0.01, 1.0, 30.0])
+def test_as_exact_as_pytorch(dtype, function, weighting, magnitude):
+    """Outputs err at most twice, gradients three times what plain PyTorch errs in the same
+    precision against float64: the largest errors over a few problems of each kind, since a
+    single small one may come out exact by luck.
+    """
+
+    def run(inputs, backend):
+        if function == "loss":
+            return run_loss(inputs, backend, 4.0, weighting=weighting)
+        grad = torch.ones(inputs.logits.shape, dtype=torch.float64)
+        grad[::2] = -0.5
+        return run_compensate(inputs, backend, grad, weighting=weighting)
+
+    worst_native, worst_plain = torch.zeros(7), torch.zeros(7)
+    for seed in range(6):
+        inputs = make_attention(33, 20, 13, 100, seed=seed, scale=magnitude).to(dtype)
+        exact = flat(run(inputs.to(torch.float64), "reference"))
+        for backend, worst in (("native", worst_native), ("reference", worst_plain)):
+            errors = [
+                max_error(x, y) for x, y in zip(flat(run(inputs, backend)), exact, strict=True)
+            ]
+            torch.maximum(worst, torch.tensor(errors), out=worst)
+    factors = torch.tensor([2.0] + [3.0] * 6)
+    assert bool((worst_native <= factors * worst_plain).all()), (
+        worst_native / worst_plain
+    ).tolist()
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -141,18 +209,17 @@ def test_posterior_prior_is_a_convex_combination():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("magnitude", [1e4, 1e12, 1e18, 1e-12, 1e-30])
-def test_extreme_logits(dtype, magnitude):
+@pytest.mark.parametrize("magnitude", [1e4, 1e12, 1e18, 1e-12, 1e-18])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_extreme_logits(dtype, magnitude, weighting):
     """Saturated and vanishing pre-activations stay finite and exact."""
     inputs = make_attention(4, 10, 6, 64, scale=magnitude).to(dtype)
     grad = torch.randn(4, 10, dtype=torch.float64)
-    exact, exact_grads = run_compensate(inputs.to(torch.float64), "reference", grad)
-    plain, plain_grads = run_compensate(inputs, "reference", grad)
-    got, got_grads = run_compensate(inputs, "native", grad)
-    assert_as_exact_as_torch(got, plain, exact, factor=2)
-    for one, other, truth in zip(got_grads, plain_grads, exact_grads, strict=True):
-        assert bool(torch.isfinite(one).all())
-        assert_as_exact_as_torch(one, other, truth, factor=3)
+    assert_rounding_only(
+        lambda x, backend: run_compensate(x, backend, grad, weighting=weighting),
+        inputs,
+        term_bounds(inputs, grad, posterior=weighting == "posterior", scale=1.0),
+    )
 
 
 def test_nan_logits_spread_no_further_than_their_row():
@@ -285,15 +352,6 @@ def test_opcheck(dtype, requires_grad, weighting):
     torch.library.opcheck(
         operators.compensated_kd_loss.default,
         (*inputs.loss_operands, 4.0, *options, requires_grad, requires_grad),
-        # Its gradients are outputs too, and differentiating those is refused: see above.
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-        if requires_grad
-        else (
-            "test_schema",
-            "test_faketensor",
-            "test_autograd_registration",
-            "test_aot_dispatch_dynamic",
-        ),
     )
     saved = operators.compensate(*inputs.operands, *options)
     arguments = (inputs.logits, *inputs.operands, *saved[1:], *options, True)
@@ -346,7 +404,7 @@ def test_kdci_lowers_a_loss_in_a_hand_written_loop():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
 
 

@@ -1,0 +1,50 @@
+"""The examples in docstrings and in the README run as they are printed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdci_ext
+
+MODULES = ["", ".functional", ".modules", ".reference", ".dictionary"]
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module):
+    module = importlib.import_module(f"kdci_ext{module}")
+    names = {name: getattr(kdci_ext.functional, name) for name in kdci_ext.functional.__all__}
+    result = doctest.testmod(module, extraglobs={"torch": torch, **names, **vars(kdci_ext)})
+    assert result.failed == 0
+
+
+def test_load_example():
+    assert doctest.run_docstring_examples(kdci_ext.build_info, vars(kdci_ext)) is None
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
+def test_readme_examples(number):
+    """Each Python block of the README stands alone."""
+    exec(compile(PYTHON_BLOCKS[number], f"README.md, block {number}", "exec"), {})
+
+
+def test_readme_has_its_examples_and_commands():
+    assert len(PYTHON_BLOCKS) >= 2
+    assert "```bash tests\n" in README
+
+
+def test_public_names_are_documented():
+    """Everything exported carries a docstring; functions say what they return."""
+    for name in kdci_ext.__all__:
+        assert getattr(kdci_ext, name).__doc__, name
+    for name in ("compensate", "compensated_kd_loss", "confounder_dictionary"):
+        doc = getattr(kdci_ext.functional, name).__doc__
+        for section in ("Args:", "Returns:", "Raises:", "Example:"):
+            assert section in doc, (name, section)
