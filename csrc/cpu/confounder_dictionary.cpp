@@ -148,7 +148,12 @@ void fill_tiles(
     for (int64_t tile = begin * num_tiles / parts; tile < last; ++tile) {
       fill(tile, centered);
       kernels.project_tile(
-          centered, d, packed_basis, q, tiles + tile * q * tile_points);
+          centered,
+          tile_points,
+          d,
+          packed_basis,
+          q,
+          tiles + tile * q * tile_points);
     }
   });
 }

@@ -79,6 +79,12 @@ PrincipalSubspace<T>::PrincipalSubspace(
   kept_ = arena.take<bool>(width_);
 }
 
+/// Columns of the matrix in a tile.
+template <typename T>
+int64_t PrincipalSubspace<T>::tile_size(int64_t tile) const {
+  return std::min(tile_points, size_ - tile * tile_points);
+}
+
 /// Coordinate k of a point in tiles of `depth` coordinates.
 template <typename T>
 T* PrincipalSubspace<T>::entry(
@@ -167,6 +173,7 @@ void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
                 0,
                 last_row(tile),
                 tile * tile_points,
+                tile_size(tile),
                 sums + group * size + tile * d * tile_points,
                 start > first);
           }
@@ -205,6 +212,7 @@ void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
                     first,
                     last,
                     tile * tile_points,
+                    tile_size(tile),
                     matrix_ + tile * d * tile_points,
                     start > 0);
               }
@@ -283,8 +291,15 @@ bool PrincipalSubspace<T>::normalize_trace() {
 /// Block iterations; false if they do not converge.
 template <typename T>
 bool PrincipalSubspace<T>::iterate() {
-  for (int64_t i = 0; i < num_tiles_ * width_ * tile_points; ++i) {
-    block_[i] = static_cast<T>(scrambled(i));
+  // The points that fill up the last tile count as zeros for ever.
+  const int64_t block = num_tiles_ * width_ * tile_points;
+  for (T* tiles : {block_, product_, rotated_}) {
+    std::fill_n(tiles, block, T(0));
+  }
+  for (int64_t i = 0; i < size_; ++i) {
+    for (int64_t j = 0; j < width_; ++j) {
+      *entry(block_, width_, j, i) = static_cast<T>(scrambled(i * width_ + j));
+    }
   }
   apply();
   std::swap(block_, product_);
@@ -349,6 +364,7 @@ void PrincipalSubspace<T>::apply() {
         for (int64_t tile = begin; tile < end; ++tile) {
           kmeans_kernels<T>().project_tile(
               matrix_ + tile * size_ * tile_points,
+              tile_size(tile),
               size_,
               packed_,
               width_,
@@ -417,7 +433,12 @@ void PrincipalSubspace<T>::rotate(T*& block) {
   for (int64_t tile = 0; tile < num_tiles_; ++tile) {
     const int64_t offset = tile * w * tile_points;
     kmeans_kernels<T>().project_tile(
-        block + offset, w, packed_rotation_, w, rotated_ + offset);
+        block + offset,
+        tile_size(tile),
+        w,
+        packed_rotation_,
+        w,
+        rotated_ + offset);
   }
   std::swap(block, rotated_);
 }

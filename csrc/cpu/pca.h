@@ -53,6 +53,7 @@ class PrincipalSubspace {
   void solve_ritz(bool turn);
   void rotate(T*& block);
   double lost_variance() const;
+  int64_t tile_size(int64_t tile) const;
   T* entry(T* tiles, int64_t depth, int64_t k, int64_t point) const;
 
   int64_t n_;

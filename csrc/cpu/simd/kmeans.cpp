@@ -3,14 +3,15 @@
 
 #include "vec.h"
 
-#define KDCI_INLINE inline __attribute__((always_inline))
+#define KDCI_ALWAYS_INLINE __attribute__((always_inline))
+#define KDCI_INLINE inline KDCI_ALWAYS_INLINE
 
 namespace kdci::KDCI_SIMD {
 namespace {
 
 // Vectors of points that are in work at once: with 6 columns that is 24 of the
 // 32 registers of AVX-512, else 12 of 16.
-constexpr int64_t num_vectors = vector_bytes == 64 ? 4 : 2;
+constexpr int num_vectors = vector_bytes == 64 ? 4 : 2;
 
 template <typename T>
 constexpr int64_t block_points = num_vectors * lanes<T>;
@@ -18,30 +19,30 @@ constexpr int64_t block_points = num_vectors * lanes<T>;
 template <typename T>
 using Mask = decltype(Vec<T>{} > Vec<T>{});
 
-template <typename T, int columns>
-using Block = Vec<T>[columns][num_vectors];
+template <typename T, int columns, int vectors = num_vectors>
+using Block = Vec<T>[columns][vectors];
 
 /// block += columns [depth][width] . points [depth][64], or with `squared`
 /// the squared differences of the two.
-template <bool squared, typename T, int width>
+template <bool squared, typename T, int width, int vectors>
 KDCI_INLINE void accumulate(
     const T* points,
     int64_t depth,
     const T* columns,
-    Block<T, width>& block,
+    Block<T, width, vectors>& block,
     int64_t points_stride = tile_points,
     int64_t columns_stride = width) {
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> point[num_vectors];
+    Vec<T> point[vectors];
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < num_vectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       point[v] = load(points + v * lanes<T>);
     }
 #pragma GCC unroll 6
     for (int c = 0; c < width; ++c) {
       const Vec<T> column = broadcast(columns[c]);
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < num_vectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         if constexpr (squared) {
           const Vec<T> difference = point[v] - column;
           block[c][v] += difference * difference;
@@ -55,12 +56,13 @@ KDCI_INLINE void accumulate(
   }
 }
 
-/// Calls `body` with the width of each group of packed columns as a type and
-/// the index of the group's first column.
 template <int width>
 struct Width {
   static constexpr int value = width;
 };
+
+/// Calls `body` with the width of each group of packed columns as a type and
+/// the index of the group's first column.
 
 template <typename Body>
 KDCI_INLINE void for_groups(int64_t columns, Body body) {
@@ -87,6 +89,24 @@ KDCI_INLINE void for_groups(int64_t columns, Body body) {
   }
 }
 
+/// Calls `body` with a number of vectors as a type and the index of their first
+/// point, until `count` points are covered.
+template <typename T, typename Body>
+KDCI_INLINE void for_blocks(int64_t count, Body body) {
+  int64_t i = 0;
+  if constexpr (num_vectors == 4) {
+    for (; count - i > 2 * lanes<T>; i += 4 * lanes<T>) {
+      body(Width<4>(), i);
+    }
+  }
+  for (; count - i > lanes<T>; i += 2 * lanes<T>) {
+    body(Width<2>(), i);
+  }
+  if (i < count) {
+    body(Width<1>(), i);
+  }
+}
+
 // -- Sums in double ----------------------------------------------------------
 
 KDCI_INLINE Vec<double> widen(const double* from) {
@@ -101,11 +121,16 @@ KDCI_INLINE Vec<double> widen(const float* from) {
 }
 
 KDCI_INLINE double sum_lanes(Vec<double> values) {
-  double sum = 0;
-  for (int64_t i = 0; i < lanes<double>; ++i) {
-    sum += values[i];
+  double sums[lanes<double>];
+  store(sums, values);
+#pragma GCC unroll 3
+  for (int64_t half = lanes<double> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+    }
   }
-  return sum;
+  return sums[0];
 }
 
 /// Sum of `count` values, a multiple of 64.
@@ -278,32 +303,33 @@ void add_products(
     int64_t first,
     int64_t last,
     int64_t column,
+    int64_t count,
     T* tile,
     bool accumulated) {
-  for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+  for_blocks<T>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
     for_groups(
-        last - first,
-        [&](auto group, int64_t offset) __attribute__((always_inline)) {
+        last - first, [&](auto group, int64_t offset) KDCI_ALWAYS_INLINE {
+          constexpr int vectors = decltype(size)::value;
           constexpr int width = decltype(group)::value;
-          T* target = tile + (first + offset) * tile_points + i;
-          Block<T, width> block = {};
-          accumulate<false, T, width>(
+          Block<T, width, vectors> block = {};
+          accumulate<false, T, width, vectors>(
               rows + column + i,
               n,
               rows + first + offset,
               block,
               stride,
               stride);
+          T* target = tile + (first + offset) * tile_points + i;
 #pragma GCC unroll 6
           for (int c = 0; c < width; ++c) {
 #pragma GCC unroll 4
-            for (int64_t v = 0; v < num_vectors; ++v) {
+            for (int v = 0; v < vectors; ++v) {
               T* to = target + c * tile_points + v * lanes<T>;
               store(to, accumulated ? load(to) + block[c][v] : block[c][v]);
             }
           }
         });
-  }
+  });
 }
 
 /// Sums of products of coordinates i..i+rows of `a` and j..j+columns of `b`.
@@ -368,28 +394,28 @@ void inner_products(
 template <typename T>
 void project_tile(
     const T* tile,
+    int64_t count,
     int64_t depth,
     const T* columns,
     int64_t q,
     T* projected) {
-  for (int64_t i = 0; i < tile_points; i += block_points<T>) {
-    for_groups(
-        q, [&](auto group, int64_t first) __attribute__((always_inline)) {
-          constexpr int width = decltype(group)::value;
-          Block<T, width> block = {};
-          accumulate<false, T, width>(
-              tile + i, depth, columns + first * depth, block);
+  for_blocks<T>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
+    for_groups(q, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
+      constexpr int vectors = decltype(size)::value;
+      constexpr int width = decltype(group)::value;
+      Block<T, width, vectors> block = {};
+      accumulate<false, T, width, vectors>(
+          tile + i, depth, columns + first * depth, block);
+      T* target = projected + first * tile_points + i;
 #pragma GCC unroll 6
-          for (int c = 0; c < width; ++c) {
+      for (int c = 0; c < width; ++c) {
 #pragma GCC unroll 4
-            for (int64_t v = 0; v < num_vectors; ++v) {
-              store(
-                  projected + (first + c) * tile_points + i + v * lanes<T>,
-                  block[c][v]);
-            }
-          }
-        });
-  }
+        for (int v = 0; v < vectors; ++v) {
+          store(target + c * tile_points + v * lanes<T>, block[c][v]);
+        }
+      }
+    });
+  });
 }
 
 template <typename T>
@@ -409,7 +435,7 @@ void seed_tiles(
     if (chosen != nullptr) {
       for (int64_t i = 0; i < tile_points; i += block_points<T>) {
         Block<T, 1> block = {};
-        accumulate<true, T, 1>(points + i, depth, chosen, block);
+        accumulate<true, T, 1, num_vectors>(points + i, depth, chosen, block);
 #pragma GCC unroll 4
         for (int64_t v = 0; v < num_vectors; ++v) {
           const Vec<T> old = load(lowest + i + v * lanes<T>);
@@ -423,30 +449,28 @@ void seed_tiles(
       continue;
     }
     T potentials[group_columns][tile_points];
-    for_groups(
-        candidates,
-        [&](auto group, int64_t first) __attribute__((always_inline)) {
-          constexpr int width = decltype(group)::value;
-          for (int64_t i = 0; i < tile_points; i += block_points<T>) {
-            Block<T, width> block = {};
-            accumulate<true, T, width>(
-                points + i, depth, columns + first * depth, block);
+    for_groups(candidates, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
+      constexpr int width = decltype(group)::value;
+      for (int64_t i = 0; i < tile_points; i += block_points<T>) {
+        Block<T, width> block = {};
+        accumulate<true, T, width, num_vectors>(
+            points + i, depth, columns + first * depth, block);
 #pragma GCC unroll 4
-            for (int64_t v = 0; v < num_vectors; ++v) {
-              const Vec<T> old = load(lowest + i + v * lanes<T>);
+        for (int64_t v = 0; v < num_vectors; ++v) {
+          const Vec<T> old = load(lowest + i + v * lanes<T>);
 #pragma GCC unroll 6
-              for (int c = 0; c < width; ++c) {
-                store(
-                    potentials[c] + i + v * lanes<T>,
-                    block[c][v] < old ? block[c][v] : old);
-              }
-            }
-          }
           for (int c = 0; c < width; ++c) {
-            sums[tile * candidates + first + c] =
-                sum_all(potentials[c], tile_points);
+            store(
+                potentials[c] + i + v * lanes<T>,
+                block[c][v] < old ? block[c][v] : old);
           }
-        });
+        }
+      }
+      for (int c = 0; c < width; ++c) {
+        sums[tile * candidates + first + c] =
+            sum_all(potentials[c], tile_points);
+      }
+    });
   }
 }
 
@@ -467,32 +491,30 @@ KDCI_INLINE void nearest_columns(
       best[v] = broadcast(static_cast<T>(__builtin_inf()));
       index[v] = Index{};
     }
-    for_groups(
-        num_columns,
-        [&](auto group, int64_t first) __attribute__((always_inline)) {
-          constexpr int width = decltype(group)::value;
-          Block<T, width> block;
+    for_groups(num_columns, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
+      constexpr int width = decltype(group)::value;
+      Block<T, width> block;
 #pragma GCC unroll 6
-          for (int c = 0; c < width; ++c) {
-            const Vec<T> start = exact ? Vec<T>{} : broadcast(bias[first + c]);
+      for (int c = 0; c < width; ++c) {
+        const Vec<T> start = exact ? Vec<T>{} : broadcast(bias[first + c]);
 #pragma GCC unroll 4
-            for (int64_t v = 0; v < num_vectors; ++v) {
-              block[c][v] = start;
-            }
-          }
-          accumulate<exact, T, width>(
-              points + i, depth, columns + first * depth, block);
+        for (int64_t v = 0; v < num_vectors; ++v) {
+          block[c][v] = start;
+        }
+      }
+      accumulate<exact, T, width, num_vectors>(
+          points + i, depth, columns + first * depth, block);
 #pragma GCC unroll 6
-          for (int c = 0; c < width; ++c) {
-            const Index center = static_cast<IndexLane>(first + c) - Index{};
+      for (int c = 0; c < width; ++c) {
+        const Index center = static_cast<IndexLane>(first + c) - Index{};
 #pragma GCC unroll 4
-            for (int64_t v = 0; v < num_vectors; ++v) {
-              const Index better = block[c][v] < best[v];
-              best[v] = better ? block[c][v] : best[v];
-              index[v] = better ? center : index[v];
-            }
-          }
-        });
+        for (int64_t v = 0; v < num_vectors; ++v) {
+          const Index better = block[c][v] < best[v];
+          best[v] = better ? block[c][v] : best[v];
+          index[v] = better ? center : index[v];
+        }
+      }
+    });
     for (int64_t v = 0; v < num_vectors; ++v) {
       for (int64_t j = 0; j < lanes<T>; ++j) {
         nearest[i + v * lanes<T> + j] = index[v][j];

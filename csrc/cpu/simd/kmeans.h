@@ -54,17 +54,19 @@ struct KmeansKernels {
       T scale,
       T* tile);
 
-  /// projected [q][64] = packed columns [depth, q] ^T * tile [depth][64].
+  /// projected [q][64] = packed columns [depth, q] ^T * tile [depth][64], for
+  /// the first `count` points of the tile and perhaps some more.
   void (*project_tile)(
       const T* tile,
+      int64_t count,
       int64_t depth,
       const T* columns,
       int64_t q,
       T* projected);
 
-  /// Rows [first, last) of X^T X for 64 of its columns, from `column` on, as
-  /// rows of a tile; X [n, d] has rows `stride` apart. They are added to the
-  /// tile if it is `accumulated`.
+  /// Rows [first, last) of X^T X for `count` <= 64 of its columns, from
+  /// `column` on, as rows of a tile; X [n, d] has rows `stride` apart. They
+  /// are added to the tile if it is `accumulated`.
   void (*add_products)(
       const T* rows,
       int64_t n,
@@ -72,6 +74,7 @@ struct KmeansKernels {
       int64_t first,
       int64_t last,
       int64_t column,
+      int64_t count,
       T* tile,
       bool accumulated);
 
