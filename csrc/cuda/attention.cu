@@ -330,28 +330,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// The largest of `row[c] / temperature` over the row and, in `sum`, the sum of
-/// exp(row[c] / temperature - largest).
+/// log(sum_c exp(row[c] / temperature)).
 template <typename A>
-__device__ A softmax_terms(const A* row, int64_t d, A temperature, A& sum) {
-  A largest = -INFINITY;
+__device__ double log_sum_exp(const A* row, int64_t d, double temperature) {
+  double largest = -INFINITY;
   for (int64_t c = threadIdx.x; c < d; c += kThreads) {
-    largest = maximum(largest, row[c] / temperature);
+    largest = maximum(largest, static_cast<double>(row[c]) / temperature);
   }
   largest = block_reduce(largest, Max());
-  sum = 0;
+  double sum = 0;
   for (int64_t c = threadIdx.x; c < d; c += kThreads) {
-    sum += exp(row[c] / temperature - largest);
+    sum += exp(static_cast<double>(row[c]) / temperature - largest);
   }
-  sum = block_reduce(sum, Add());
-  return largest;
+  return largest + log(block_reduce(sum, Add()));
 }
 
+/// Divergence of each row and its gradient. In double, because the logarithms
+/// of two nearly equal distributions cancel.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) kd_rows_kernel(
     int64_t batch,
     int64_t d,
-    A temperature,
+    double temperature,
     const A* student,
     const A* teacher,
     double* row_loss,
@@ -359,24 +359,19 @@ __global__ void __launch_bounds__(kThreads) kd_rows_kernel(
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     const A* s = student + b * d;
     const A* t = teacher + b * d;
-    A s_sum;
-    A t_sum;
-    const A s_largest = softmax_terms(s, d, temperature, s_sum);
-    const A t_largest = softmax_terms(t, d, temperature, t_sum);
-    const A s_log = log(s_sum);
-    const A t_log = log(t_sum);
+    const double s_norm = log_sum_exp(s, d, temperature);
+    const double t_norm = log_sum_exp(t, d, temperature);
     double loss = 0;
     for (int64_t c = threadIdx.x; c < d; c += kThreads) {
-      const A s_log_p = s[c] / temperature - s_largest - s_log;
-      const A t_log_p = t[c] / temperature - t_largest - t_log;
-      const A t_p = exp(t_log_p);
+      const double s_log_p = static_cast<double>(s[c]) / temperature - s_norm;
+      const double t_log_p = static_cast<double>(t[c]) / temperature - t_norm;
+      const double t_p = exp(t_log_p);
       if (t_p != 0) {
-        loss += static_cast<double>(t_p) *
-            (static_cast<double>(t_log_p) - static_cast<double>(s_log_p));
+        loss += t_p * (t_log_p - s_log_p);
       }
       if (student_grad != nullptr) {
-        student_grad[b * d + c] =
-            temperature / static_cast<A>(batch) * (exp(s_log_p) - t_p);
+        student_grad[b * d + c] = static_cast<A>(
+            temperature / static_cast<double>(batch) * (exp(s_log_p) - t_p));
       }
     }
     loss = block_reduce(loss, Add());
@@ -563,7 +558,7 @@ void kd_loss(
       stream,
       batch,
       d,
-      static_cast<A>(temperature),
+      temperature,
       student,
       teacher,
       row_loss,

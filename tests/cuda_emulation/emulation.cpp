@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA operators, with their kernels compiled for the host, as operators
+// for CPU tensors in the namespace kdci_ext_emulated.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../../csrc/common/stable.h"
+#include "cuda_runtime.h"
+
+#define kdci_ext kdci_ext_emulated
+#define CUDA CPU
+#include "../../csrc/cuda/operators.cu"
+#include "../../csrc/registration.cpp"
+
+// What the operators ask of a PyTorch with CUDA.
+extern "C" {
+
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+AOTITorchError aoti_torch_create_device_guard(
+    int32_t,
+    DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return 0;
+}
+
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  return 0;
+}
+
+// For the tests, through ctypes.
+__attribute__((visibility("default"))) void set_seed(uint64_t seed) {
+  cuda_emulation::set_seed(seed);
+}
+
+__attribute__((visibility("default"))) int64_t count_launches() {
+  return cuda_emulation::scheduler.launches;
+}
+}
+
+// -- Kernels that the emulation itself is tested by ---------------------------
+
+namespace {
+
+// Half of the threads of a warp skip a barrier.
+void divergent_kernel(int* out) {
+  if (threadIdx.x % 2 == 0) {
+    __syncthreads();
+  }
+  out[threadIdx.x] = 1;
+}
+
+// Reads what a neighbour wrote, with or without the barrier between.
+void neighbour_kernel(int* out, bool with_barrier) {
+  __shared__ int values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
+  values[threadIdx.x] = 1 + static_cast<int>(threadIdx.x);
+  if (with_barrier) {
+    __syncthreads();
+  }
+  out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
+}
+
+} // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) bool detects_divergence() {
+  int out[64];
+  try {
+    kdci::cuda::launch(divergent_kernel, 1, 64, nullptr, &out[0]);
+  } catch (const std::runtime_error&) {
+    return true;
+  }
+  return false;
+}
+
+__attribute__((visibility("default"))) bool neighbours_see_each_other(
+    bool with_barrier) {
+  int out[64];
+  kdci::cuda::launch(neighbour_kernel, 1, 64, nullptr, &out[0], with_barrier);
+  for (int i = 0; i < 64; ++i) {
+    if (out[i] != 1 + (i + 1) % 64) {
+      return false;
+    }
+  }
+  return true;
+}
+}

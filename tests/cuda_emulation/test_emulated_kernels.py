@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels without a GPU: their sources, compiled for the host, against the reference.
+
+``cuda_runtime.h`` beside this file runs each thread of a block as a fiber. What this cannot show
+is the speed of the kernels, what nvcc makes of them, and memory ordering between blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    LAYOUTS,
+    Attention,
+    attentions,
+    feature_rows,
+    make_attention,
+    max_error,
+    with_layout,
+)
+from torch import Tensor
+
+from kdci_ext import reference
+
+HERE = Path(__file__).resolve().parent
+KERNELS = ("projection", "subspace", "clustering", "attention")
+Dictionary = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Emulation:
+    """The operators, and the controls of the emulation."""
+
+    ops: Any
+    library: ctypes.CDLL
+
+    def set_seed(self, seed: int) -> None:
+        """Run blocks and threads in the order of ``seed``; 0 is the natural order."""
+        self.library.set_seed(ctypes.c_uint64(seed))
+
+    def launches(self) -> int:
+        """Kernels launched so far."""
+        self.library.count_launches.restype = ctypes.c_int64
+        return int(self.library.count_launches())
+
+
+def build(compiler: str, folder: Path) -> Path:
+    """Compile the CUDA sources for the host; KDCI_SANITIZE works here as in setup.py."""
+    torch_folder = Path(torch.__file__).parent
+    sanitize = os.environ.get("KDCI_SANITIZE")
+    common = [f"-fsanitize={sanitize}"] if sanitize else []
+    flags = [
+        *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-omit-frame-pointer"),
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+        *("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-I{HERE}"),
+        *("-isystem", str(torch_folder / "include"), "-x", "c++", "-c"),
+    ]
+    kernels = [HERE.parents[1] / "csrc" / "cuda" / f"{name}.cu" for name in KERNELS]
+    sources = [HERE / "emulation.cpp", *kernels]
+
+    def compile_one(source: Path) -> Path:
+        output = folder / f"{source.stem}.o"
+        run([compiler, *common, *flags, str(source), "-o", str(output)])
+        return output
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "kdci_emulated.so"
+    link = ["-shared", "-Wl,-Bsymbolic,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch"]
+    run([compiler, *common, *map(str, objects), *link, "-o", str(library)])
+    return library
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\n{done.stderr}", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the CUDA sources for the host with")
+    library = build(compiler, tmp_path_factory.mktemp("cuda_emulation"))
+    torch.ops.load_library(str(library))
+    return Emulation(torch.ops.kdci_ext_emulated, ctypes.CDLL(str(library)))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_and_natural_order(emulation: Emulation) -> Iterator[None]:
+    """Fill fresh memory with NaN, so that results show what is read before it is written."""
+    emulation.set_seed(0)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def draws(num_prototypes: int, seed: int = 0, greedy: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    candidates = 2 + int(math.log(num_prototypes)) if greedy else 1
+    return torch.rand(num_prototypes, candidates, generator=generator, dtype=torch.float64)
+
+
+def rows(n: int, d: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator)
+
+
+def assert_matches_reference(
+    ops: Any,
+    features: Tensor,
+    uniforms: Tensor,
+    start: Tensor | None = None,
+    components: int | None = None,
+    max_iter: int = 30,
+    tol: float = 1e-4,
+) -> Dictionary:
+    """Compare what each row is assigned; surplus centres may change places by rounding."""
+    n, d = features.shape
+    arguments = (uniforms, start, components or d, max_iter, tol)
+    before = features.clone()
+    got: Dictionary = ops.confounder_dictionary(features, *arguments)
+    assert torch.equal(features, before)
+    exact = reference.confounder_dictionary(features, *arguments)
+    for one, other in zip(got, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+    labels, exact_labels = got[2], exact[2]
+    pairs = set(zip(labels.tolist(), exact_labels.tolist(), strict=True))
+    assert len(pairs) == len(set(labels.tolist())) == len(set(exact_labels.tolist()))
+    assert int(got[4]) == int(exact[4])
+    scale = float(features.abs().max())
+    prototypes, exact_prototypes = got[0][labels], exact[0][exact_labels]
+    close = {"rtol": 1e-5, "atol": 1e-6 * scale}
+    torch.testing.assert_close(prototypes, exact_prototypes, **close)
+    torch.testing.assert_close(got[1][labels], exact[1][exact_labels])
+    torch.testing.assert_close(got[3], exact[3], rtol=1e-4, atol=1e-12 * scale**2 * n)
+    assert bool(torch.isfinite(got[0]).all())
+    assert float(got[1].double().sum()) == pytest.approx(1.0, abs=1e-5)
+    return got
+
+
+# -- the emulation itself ----------------------------------------------------
+
+
+def test_the_emulation_finds_divergent_and_missing_barriers(emulation):
+    library = emulation.library
+    library.detects_divergence.restype = ctypes.c_bool
+    library.neighbours_see_each_other.restype = ctypes.c_bool
+    assert library.detects_divergence()
+    emulation.set_seed(7)
+    assert library.neighbours_see_each_other(ctypes.c_bool(True))
+    assert not library.neighbours_see_each_other(ctypes.c_bool(False))
+
+
+# -- the dictionary ----------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(feature_rows(), st.data())
+def test_dictionary_matches_the_reference(emulation, features, data):
+    num_prototypes = data.draw(st.integers(1, min(features.shape[0], 12)))
+    uniforms = draws(num_prototypes, data.draw(st.integers(0, 99)), data.draw(st.booleans()))
+    assert_matches_reference(emulation.ops, features, uniforms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "d", "num_prototypes"),
+    [
+        (1, 1, 1),
+        (9, 1, 3),
+        (7, 4, 7),  # a prototype for every row
+        (65, 5, 1),
+        (40, 33, 6),  # solved by Jacobi rotations
+        (100, 70, 5),  # solved by subspace iteration
+        (20, 90, 6),  # more columns than rows
+        (300, 6, 70),  # more centres than a tile has
+    ],
+)
+def test_dictionary_shapes(emulation, n, d, num_prototypes, dtype):
+    """Float32 runs small problems in one block, float64 as a series of launches."""
+    assert_matches_reference(
+        emulation.ops,
+        rows(n, d).to(dtype) + 3,
+        draws(num_prototypes),
+        components=min(d, max(1, num_prototypes - 1)),
+    )
+
+
+def test_dictionary_of_more_rows_than_one_block_takes(emulation):
+    before = emulation.launches()
+    assert_matches_reference(emulation.ops, rows(5000, 3), draws(4), max_iter=4)
+    assert emulation.launches() - before > 20
+    before = emulation.launches()
+    assert_matches_reference(emulation.ops, rows(300, 3), draws(4), max_iter=4)
+    assert emulation.launches() - before == 2
+
+
+@pytest.mark.parametrize(("n", "d", "components"), [(70, 140, 3), (200, 150, 5), (60, 64, 1)])
+def test_subspace_holds_the_leading_variance(emulation, n, d, components):
+    """Of one cluster the inertia is the variance that the projection keeps."""
+    features = rows(n, d) * torch.linspace(3, 0.2, d)
+    centered = features.double() - features.double().mean(0)
+    exact = torch.linalg.svdvals(centered).square()[:components].sum()
+    inertia = emulation.ops.confounder_dictionary(features, draws(1), None, components, 5, 0.0)[3]
+    assert float(inertia) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_rank_deficient_features(emulation, rank):
+    """Directions without variance must not become NaN, nor take part."""
+    features = rows(50, rank) @ rows(rank, 80, 1) if rank else torch.full((50, 80), 2.5)
+    got = assert_matches_reference(emulation.ops, features, draws(4), components=6)
+    assert bool(torch.isfinite(got[3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fewer_distinct_rows_than_prototypes(emulation, dtype):
+    features = rows(3, 4).repeat(8, 1).to(dtype)
+    prototypes, proportions, labels, inertia, _ = emulation.ops.confounder_dictionary(
+        features, draws(6), None, 4, 20, 1e-4
+    )
+    assert float(inertia) == pytest.approx(0.0, abs=1e-25)
+    assert int((proportions > 0).sum()) == 3
+    torch.testing.assert_close(prototypes[labels], features)
+    surplus = prototypes[proportions == 0]
+    torch.testing.assert_close(surplus, features.mean(0).expand_as(surplus))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty_clusters_take_the_farthest_rows(emulation, dtype):
+    features = torch.tensor([[-3.0], [-2.5], [-2.0], [2.0], [2.1], [9.0], [11.5]], dtype=dtype)
+    start = torch.tensor([[-2.5], [1000.0], [2.0], [2000.0]], dtype=dtype)
+    got = assert_matches_reference(
+        emulation.ops, features, draws(4), start=start, components=1, tol=1e-12
+    )
+    assert got[2].tolist() == [0, 0, 0, 2, 2, 3, 1]
+
+
+@pytest.mark.parametrize("components", [3, 40])
+def test_starting_prototypes_are_projected_like_the_features(emulation, components):
+    features = rows(80, 40)
+    assert_matches_reference(
+        emulation.ops, features, draws(5), start=features[:5] + 0.1, components=components
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("components", [2, 5])
+def test_features_that_are_not_finite_end_in_nan(emulation, bad, dtype, components):
+    features = rows(30, 5).to(dtype)
+    features[17, 3] = bad
+    prototypes, proportions, labels, inertia, num_iter = emulation.ops.confounder_dictionary(
+        features, draws(4), None, components, 10, 1e-4
+    )
+    assert bool(prototypes.isnan().all())
+    assert bool(proportions.isnan().all())
+    assert bool(inertia.isnan())
+    assert labels.tolist() == [0] * 30
+    assert int(num_iter) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dictionary_layouts_and_types(emulation, layout, dtype):
+    features = with_layout(rows(40, 6).to(dtype), layout)
+    assert_matches_reference(emulation.ops, features, draws(3), components=2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_scales(emulation, scale):
+    assert_matches_reference(emulation.ops, rows(40, 6) * scale, draws(3))
+    large = rows(40, 6).double() * scale**5
+    assert_matches_reference(emulation.ops, large, draws(3))
+
+
+# -- the compensation --------------------------------------------------------
+
+
+def run_compensate(ops: Any, inputs: Attention, grad: Tensor, posterior: bool, scale: float):
+    compensated, *saved = ops.compensate(*inputs.operands, posterior, scale)
+    grads = ops.compensate_backward(grad, *inputs.operands, *saved, posterior, scale, True)
+    return compensated, grads
+
+
+def run_reference(inputs: Attention, grad: Tensor, posterior: bool, scale: float):
+    inputs = inputs.to(inputs.logits.dtype).requires_grad_()
+    compensated = reference.compensate(*inputs.operands, posterior, scale)[0]
+    grads = torch.autograd.grad(compensated, inputs.operands, grad.to(compensated.dtype))
+    return compensated.detach(), grads
+
+
+def assert_close_to_exact(
+    got: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], terms: float = 0.0
+) -> None:
+    """Hold errors against float64 to ten times those of plain PyTorch in the same precision.
+
+    Logic is at stake here, so there is room for sums that cancel, in which PyTorch may be luckier:
+    rounding is that of the largest result or, if larger, of ``terms``.
+    """
+    largest = max(terms, *(float(truth.abs().max()) for truth in exact))
+    for one, other, truth in zip(got, plain, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == truth.shape
+        allowed = 10 * max_error(other, truth) + 50 * torch.finfo(one.dtype).eps * largest
+        assert max_error(one, truth) <= allowed + 1e-30
+
+
+@settings(max_examples=20)
+@given(attentions(), st.booleans(), st.sampled_from([1.0, -0.5]))
+def test_compensate_matches_the_reference(emulation, inputs, posterior, scale):
+    grad = rows(*inputs.logits.shape).to(inputs.logits.dtype)
+    exact, exact_grads = run_reference(inputs.to(torch.float64), grad, posterior, scale)
+    plain, plain_grads = run_reference(inputs, grad, posterior, scale)
+    got, got_grads = run_compensate(emulation.ops, inputs, grad, posterior, scale)
+    assert_close_to_exact([got], [plain], [exact])
+    assert_close_to_exact(got_grads, plain_grads, exact_grads)
+
+
+@settings(max_examples=20)
+@given(attentions(), st.booleans(), st.sampled_from([1.0, 4.0, 20.0]))
+def test_kd_loss_matches_the_reference(emulation, inputs, posterior, temperature):
+    options = (temperature, posterior, 1.0)
+
+    def of_reference(bundle: Attention):
+        bundle = bundle.to(bundle.logits.dtype).requires_grad_()
+        loss = reference.compensated_kd_loss(*bundle.loss_operands, *options)
+        return loss.detach(), torch.autograd.grad(loss, bundle.operands)
+
+    exact, exact_grads = of_reference(inputs.to(torch.float64))
+    plain, plain_grads = of_reference(inputs)
+    loss, *grads = emulation.ops.compensated_kd_loss(*inputs.loss_operands, *options, True, True)
+    assert_close_to_exact([loss], [plain], [exact], terms=1.0)
+    assert_close_to_exact(grads, plain_grads, exact_grads)
+
+
+def test_gradients_that_are_not_asked_for_are_empty(emulation):
+    inputs = make_attention(6, 5, 4, 3).to(torch.float32)
+    _, *saved = emulation.ops.compensate(*inputs.operands, False, 1.0)
+    grads = emulation.ops.compensate_backward(
+        torch.ones(6, 5), *inputs.operands, *saved, False, 1.0, False
+    )
+    assert [tuple(grad.shape) for grad in grads] == [(6, 5), (0,), (0,), (3, 5), (3, 5), (3,)]
+    options = (2.0, False, 1.0)
+    loss, *grads = emulation.ops.compensated_kd_loss(*inputs.loss_operands, *options, False, False)
+    assert all(grad.shape == (0,) for grad in grads)
+    with_grad = emulation.ops.compensated_kd_loss(*inputs.loss_operands, *options, True, False)
+    assert torch.equal(loss, with_grad[0])
+    assert [tuple(grad.shape) for grad in with_grad[2:4]] == [(0,), (0,)]
+
+
+def test_an_empty_batch_has_zero_gradients(emulation):
+    inputs = make_attention(0, 5, 4, 3).to(torch.float32)
+    compensated, grads = run_compensate(emulation.ops, inputs, torch.empty(0, 5), False, 1.0)
+    assert compensated.shape == (0, 5)
+    assert all(float(grad.abs().sum()) == 0.0 for grad in grads)
+
+
+def test_inputs_of_mixed_types(emulation):
+    inputs = make_attention(4, 5, 3, 6)
+    inputs.logits = inputs.logits.to(torch.float16)
+    grad = torch.ones(4, 5, dtype=torch.float16)
+    exact, exact_grads = run_reference(inputs.to(torch.float64), grad, True, 1.0)
+    compensated, grads = run_compensate(emulation.ops, inputs, grad, True, 1.0)
+    assert compensated.dtype == torch.float16
+    torch.testing.assert_close(compensated, exact.half())
+    for one, truth, operand in zip(grads, exact_grads, inputs.operands, strict=True):
+        assert one.dtype == operand.dtype
+        torch.testing.assert_close(one, truth.to(one.dtype))
+
+
+def test_extreme_logits_of_the_loss(emulation):
+    """Probabilities that underflow add nothing, as 0 log 0 = 0 says."""
+    inputs = make_attention(3, 4, 2, 3).to(torch.float32)
+    inputs.teacher = torch.tensor([[1e4, 0, 0, 0], [0, -1e4, 0, 0], [1e30, 0, 0, 0]])
+    loss, grad, *_ = emulation.ops.compensated_kd_loss(
+        *inputs.loss_operands, 1.0, False, 1.0, True, True
+    )
+    exact = reference.compensated_kd_loss(*inputs.to(torch.float64).loss_operands, 1.0, False, 1.0)
+    assert float(loss) == pytest.approx(float(exact), rel=1e-5)
+    assert bool(torch.isfinite(grad).all())
+
+
+# -- races and errors --------------------------------------------------------
+
+
+def test_the_order_of_threads_and_blocks_does_not_matter(emulation):
+    """A missing barrier would show as a difference between orders."""
+    inputs = make_attention(37, 12, 9, 40).to(torch.float32)
+    grad = rows(37, 12)
+
+    def everything() -> list[Tensor]:
+        small = emulation.ops.confounder_dictionary(rows(90, 70), draws(6), None, 5, 6, 1e-4)
+        wide = emulation.ops.confounder_dictionary(
+            rows(50, 140).double(), draws(6), None, 5, 6, 1e-4
+        )
+        wild = emulation.ops.confounder_dictionary(
+            rows(5, 3).repeat(9, 1), draws(9), rows(9, 3, 4) * 9, 3, 6, 1e-4
+        )
+        compensated, grads = run_compensate(emulation.ops, inputs, grad, True, 1.0)
+        loss = emulation.ops.compensated_kd_loss(*inputs.loss_operands, 4.0, False, 1.0, True, True)
+        return [*small, *wide, *wild, compensated, *grads, *loss]
+
+    results = []
+    for seed in (0, 1, 20):
+        emulation.set_seed(seed)
+        results.append(everything())
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            assert torch.equal(one, another)
+
+
+def test_wrong_shapes_are_refused(emulation):
+    inputs = make_attention(4, 5, 3, 6)
+    inputs.w_key = inputs.w_key[:, :4]
+    with pytest.raises(RuntimeError, match="w_key does not have the expected shape"):
+        emulation.ops.compensate(*inputs.operands, False, 1.0)
+    with pytest.raises(RuntimeError, match="num_components"):
+        emulation.ops.confounder_dictionary(rows(4, 3), draws(2), None, 4, 5, 0.0)
