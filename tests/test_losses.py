@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from python_models import losses
 from torch import Tensor, nn
+
+from python_models import losses
 
 
 @pytest.fixture

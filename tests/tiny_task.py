@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task so small that a whole run takes a moment: 4 classes of grey images, LeNet teachers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from python_models.checkpoint import NetworkInfo, export_network
+from python_models.config import DistillConfig, distill_config
+from python_models.networks import build_network
+
+CLASSES = 4
+
+
+def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
+    """Write a teacher, test images and unlabelled images, but no training data.
+
+    Returns:
+        Settings of `distill_config` that name them.
+    """
+    random = np.random.default_rng(0)
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        data / "tiny_test.npz",
+        images=random.integers(0, 256, (40, 32, 32), dtype=np.uint8),
+        labels=np.arange(40) % CLASSES,
+    )
+    np.savez(
+        data / "wild.npz",
+        images=random.integers(0, 256, (50, 24, 24, 3), dtype=np.uint8),
+        labels=np.zeros(50, dtype=np.int64),
+    )
+    torch.manual_seed(1)
+    info = NetworkInfo(network, CLASSES, (1, 32, 32), (0.5,), (0.5,), "tiny.npz")
+    export_network(folder / "teacher.safetensors", build_network(network, CLASSES, 1), info)
+    return {
+        "teacher": str(folder / "teacher.safetensors"),
+        "student": "lenet5_half_bn",
+        "data_root": data,
+        "device": "cpu",
+        "batch_size": 12,
+        "epochs": 2,
+        "lr": 0.05,
+        "kdci_hidden_dim": 8,
+        "kdci_prototypes": 3,
+    }
+
+
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "dafl": {
+        "generator": "generator_tiny",
+        "latent_dim": 8,
+        "synthesis_batch_size": 10,
+        "ep_steps": 4,
+        "kd_steps": 2,
+    },
+    "fast": {
+        "generator": "generator_tiny",
+        "latent_dim": 8,
+        "synthesis_batch_size": 10,
+        "g_steps": 2,
+        "warmup": 2,
+        "reset_after": 1,
+        "pool_size": 25,
+        "ep_steps": 4,
+        "kd_steps": 2,
+    },
+    "dfnd": {"unlabelled": "wild.npz", "select": 30, "epochs": 3},
+    "noise": {"ep_steps": 4, "kd_steps": 2},
+}
+"""Settings that make each method quick."""
+
+
+def tiny_config(task: dict[str, Any], method: str, **values: Any) -> DistillConfig[Any]:
+    """Return the config of a quick run."""
+    return distill_config(method=method, **{**task, **METHOD_SETTINGS[method], **values})
