@@ -69,10 +69,14 @@ def assert_rounding_only(run, inputs: Attention, bounds) -> None:
     for one, other, truth, shift, bound in zip(got, plain, exact, moved, bounds, strict=True):
         assert one.dtype == other.dtype
         assert one.shape == truth.shape
+        # A float16 gradient may truly lie beyond its type's range.
+        within = truth.abs() < 0.99 * torch.finfo(one.dtype).max
+        one, other, shift, truth = (value[within] for value in (one, other, shift, truth))
         assert bool(torch.isfinite(one).all())
         allowed = 3 * (max_error(other, truth) + max_error(shift, truth)) + 4 * eps * float(bound)
         stored = torch.finfo(one.dtype)
-        allowed += stored.eps * float(truth.abs().max()) + stored.smallest_normal * stored.eps
+        largest = float(truth.abs().max()) if truth.numel() else 0.0
+        allowed += stored.eps * largest + stored.smallest_normal * stored.eps
         assert max_error(one, truth) <= allowed
 
 
