@@ -108,7 +108,8 @@ def export_network(path: Path, network: nn.Module, info: NetworkInfo) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
     }
-    metadata = {"format": "pt", "kdci": json.dumps(asdict(info))}
+    # One key alone: safetensors writes several in an order that changes from file to file.
+    metadata = {"kdci": json.dumps(asdict(info))}
     contents = save(tensors, metadata)
     write_atomically(path, lambda temporary: temporary.write_bytes(contents))
 

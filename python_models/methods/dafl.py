@@ -90,7 +90,6 @@ class DAFL(Method[DAFLSettings]):
             self.optimizer.zero_grad()
             backward_into(total(terms), self.generator)
             self.optimizer.step()
-        self.generator.eval()
         images = self._sample()
         with torch.no_grad():
             self._fresh = Batch(images, self.teacher(images))
@@ -114,6 +113,7 @@ class DAFL(Method[DAFLSettings]):
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
+        self.generator.eval()  # also when a resumed run begins within a round
         latents = self.generator.sample_latents(self.context.batch_size, self._latents)
         images: Tensor = self.generator(latents)
         return images
