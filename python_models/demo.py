@@ -186,7 +186,7 @@ def _run_here(runs: dict[str, dict[str, Any]]) -> None:
 
 
 def _run_beside(runs: dict[str, dict[str, Any]], jobs: int) -> None:
-    """Run students in processes of their own, `jobs` at a time, showing their lines as they come."""
+    """Run students in processes of their own, `jobs` at a time, and show their lines."""
     threads = str(max(1, _cores() // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     waiting = list(runs.items())

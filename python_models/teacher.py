@@ -110,6 +110,8 @@ def load_network(
                 f"--{argument} and this file as --{weights_argument.replace('_', '-')}"
             )
     else:
+        if len(path.parts) > 1:
+            raise UserError(f"{argument}={source} is not there: give a run folder or a file")
         if weights is None:
             build_network(source, 2)  # an unknown name is the likelier mistake
             raise UserError(
