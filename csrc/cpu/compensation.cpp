@@ -116,15 +116,15 @@ Compensation<T>::Compensation(
 }
 
 template <typename T>
-void Compensation<T>::prepare(T* key, bool project) {
+void Compensation<T>::prepare(const T* key, T* projected) {
   const int64_t d = in_.classes;
   const int64_t width = kernels_.panel_width;
   torch::stable::parallel_for(
       0,
       keys_.panels,
-      grain_of(in_.prototypes * width * (project ? d + 8 : 8)),
+      grain_of(in_.prototypes * width * (key == nullptr ? d + 8 : 8)),
       [&](int64_t begin, int64_t end) {
-        if (project) {
+        if (key == nullptr) {
           const int64_t first = begin * width;
           const int64_t units = std::min(end * width, in_.hidden) - first;
           gemm(
@@ -138,11 +138,11 @@ void Compensation<T>::prepare(T* key, bool project) {
               in_.w_key + first * d,
               1,
               d,
-              key + first,
+              projected + first,
               in_.hidden,
               false);
         }
-        kernels_.pack_keys(key, keys_, begin, end);
+        kernels_.pack_keys(key == nullptr ? projected : key, keys_, begin, end);
         // The prototypes are shared out along with the panels.
         const int64_t last = end * in_.prototypes / keys_.panels;
         for (int64_t i = begin * in_.prototypes / keys_.panels; i < last; ++i) {
@@ -442,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
         torch::stable::empty({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
     Compensation<T> steps(inputs, arena, false);
-    steps.prepare(data<T>(key), true);
+    steps.prepare(nullptr, data<T>(key));
     steps.for_rows([&](int64_t first, int64_t rows) {
       steps.project_queries(first, rows, data<T>(query), hidden);
       steps.attend(
@@ -497,7 +497,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     Arena arena(memory.mutable_data_ptr());
     Compensation<T> steps(inputs, arena, true);
     const T* grad_data = const_data<T>(grad_compensated);
-    steps.prepare(data<T>(saved_key), false);
+    steps.prepare(const_data<T>(saved_key), nullptr);
     steps.for_rows([&](int64_t first, int64_t rows) {
       const int64_t d = inputs.classes;
       std::copy_n(

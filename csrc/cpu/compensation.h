@@ -81,9 +81,9 @@ class Compensation {
   template <typename Step>
   void for_rows(const Step& step) const;
 
-  /// Prepares the attention over key [K, H]; with `project`, first sets it to
-  /// z w_key^T.
-  void prepare(T* key, bool project);
+  /// Prepares the attention over key [K, H], or, if that is null, over the keys
+  /// z w_key^T, which go to projected [K, H].
+  void prepare(const T* key, T* projected);
 
   /// query [B, stride] = logits w_query^T.
   void project_queries(int64_t first, int64_t rows, T* query, int64_t stride);

@@ -47,7 +47,7 @@ void compute_loss(
   const T inverse_temperature = static_cast<T>(1 / temperature);
   const T grad_factor =
       need_grad ? static_cast<T>(temperature / inputs.batch) : T(0);
-  steps.prepare(buffers.key, true);
+  steps.prepare(nullptr, buffers.key);
   steps.for_rows([&](int64_t first, int64_t rows) {
     T* query = steps.activations();
     const int64_t stride = steps.activation_stride();
