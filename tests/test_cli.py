@@ -154,7 +154,7 @@ def test_user_mistakes_end_with_one_line(
     assert "no weights at" in fails("--teacher", "gone.safetensors")
     assert "temperature=0.0 must be > 0" in fails("--temperature", "0")
     assert "device=warp cannot be used" in fails("--device", "warp")
-    assert "was not found" in fails("--data-root", str(tmp_path))
+    assert "tiny_test.npz" in fails("--data-root", str(tmp_path))
     assert "dataset digits has 10 classes" in fails("--dataset", "digits")
     assert not out.exists()
 
