@@ -19,6 +19,11 @@ namespace {
 template <typename T>
 constexpr double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-11;
 
+// Off-diagonal entries that an eigendecomposition leaves. They shift its
+// eigenvalues by their squares.
+template <typename T>
+constexpr double precision = sizeof(T) == 4 ? 1e-9 : 1.1e-16;
+
 // Columns iterated on beyond q: they speed up convergence, and protect against
 // a start block that is nearly orthogonal to a wanted direction.
 constexpr int64_t oversampling = 8;
@@ -490,7 +495,7 @@ void PrincipalSubspace<T>::solve_ritz(bool turn) {
   }
   // The eigenvectors come as rows.
   kernels.symmetric_eigen(
-      small_ritz_, w, turn ? w : 0, values_, rotation_, work_);
+      small_ritz_, w, turn ? w : 0, precision<T>, values_, rotation_, work_);
   if (!turn) {
     return;
   }
@@ -536,7 +541,13 @@ void PrincipalSubspace<T>::solve_fully() {
     matrix[i] = *entry(matrix_, size_, i / size_, i % size_);
   }
   eigen_kernels().symmetric_eigen(
-      matrix.data(), size_, q_, values.data(), vectors.data(), work.data());
+      matrix.data(),
+      size_,
+      q_,
+      precision<T>,
+      values.data(),
+      vectors.data(),
+      work.data());
   for (int64_t i = 0; i < size_; ++i) {
     for (int64_t j = 0; j < q_; ++j) {
       leading_[i * q_ + j] = static_cast<T>(vectors[j * size_ + i]);

@@ -102,13 +102,14 @@ void diagonalize(
     double* diagonal,
     double* off_diagonal,
     int64_t n,
+    double precision,
     double* vectors) {
   double norm = magnitude(diagonal[n - 1]);
   for (int64_t i = 0; i + 1 < n; ++i) {
     const double row = magnitude(diagonal[i]) + magnitude(off_diagonal[i]);
     norm = row > norm ? row : norm;
   }
-  const double negligible = norm * 1.1e-16;
+  const double negligible = norm * precision;
   int64_t high = n - 1;
   // Each eigenvalue takes two or three sweeps; the bound only rules out an
   // endless loop.
@@ -158,6 +159,7 @@ void symmetric_eigen(
     double* matrix,
     int64_t n,
     int64_t num_vectors,
+    double precision,
     double* values,
     double* vectors,
     double* work) {
@@ -168,7 +170,8 @@ void symmetric_eigen(
   for (int64_t i = 0; num_vectors > 0 && i < n * n; ++i) {
     vectors[i] = i % (n + 1) == 0;
   }
-  diagonalize(values, off_diagonal, n, num_vectors > 0 ? vectors : nullptr);
+  diagonalize(
+      values, off_diagonal, n, precision, num_vectors > 0 ? vectors : nullptr);
 
   // Selection sort: as many swaps as values, and few values.
   for (int64_t i = 0; i + 1 < n; ++i) {

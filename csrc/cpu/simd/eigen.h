@@ -14,12 +14,14 @@ namespace kdci {
 struct EigenKernels {
   /// Eigenvalues of the symmetric `matrix` in descending order and the
   /// `num_vectors` leading eigenvectors, as rows of `vectors` [n, n] (all of
-  /// which is used if num_vectors > 0). Destroys `matrix`; `work` has room for
-  /// 4 n values.
+  /// which is used if num_vectors > 0). The matrix that they diagonalize is
+  /// off by at most `precision` of its norm. Destroys `matrix`; `work` has room
+  /// for 4 n values.
   void (*symmetric_eigen)(
       double* matrix,
       int64_t n,
       int64_t num_vectors,
+      double precision,
       double* values,
       double* vectors,
       double* work);

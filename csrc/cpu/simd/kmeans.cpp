@@ -183,22 +183,33 @@ void column_stats(
     double* sum,
     T* low,
     T* high) {
-  constexpr int64_t halves = sizeof(double) / sizeof(T);
+  constexpr int halves = sizeof(double) / sizeof(T);
   // The vectors at the right edge reach into the next row; what they hold
-  // there is dropped.
+  // there is dropped. The last of them would reach past the end.
   for (int64_t k = 0; k < d; k += lanes<T>) {
     Vec<double> sums[halves] = {};
     Vec<T> lows = load_before(rows + k, rows_end);
     Vec<T> highs = lows;
-    for (int64_t i = 0; i < n; ++i) {
-      const Vec<T> value = load_before(rows + i * d + k, rows_end);
-      T values[lanes<T>];
-      store(values, value);
-      for (int64_t h = 0; h < halves; ++h) {
-        sums[h] += widen(values + h * lanes<double>);
-      }
+    const auto add = [&](const T* values) KDCI_ALWAYS_INLINE {
+      const Vec<T> value = load(values);
       lows = value < lows ? value : lows;
       highs = value > highs ? value : highs;
+#pragma GCC unroll 2
+      for (int h = 0; h < halves; ++h) {
+        sums[h] += widen(values + h * lanes<double>);
+      }
+    };
+    int64_t inside = n;
+    while (inside > 0 && rows + (inside - 1) * d + k + lanes<T> > rows_end) {
+      --inside;
+    }
+    for (int64_t i = 0; i < inside; ++i) {
+      add(rows + i * d + k);
+    }
+    for (int64_t i = inside; i < n; ++i) {
+      T values[lanes<T>];
+      store(values, load_before(rows + i * d + k, rows_end));
+      add(values);
     }
     const int64_t width = d - k < lanes<T> ? d - k : lanes<T>;
     for (int64_t j = 0; j < width; ++j) {
