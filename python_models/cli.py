@@ -45,6 +45,8 @@ commands:
   evaluate        measure the accuracy of a trained network
   list            show methods, networks, generators, datasets and presets
   demo            see it work in a few minutes on a CPU
+
+With KDCI_DEBUG=1 in the environment, errors show where they come from.
 """
 
 

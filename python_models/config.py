@@ -393,27 +393,23 @@ def check(config: DistillConfig[Any]) -> None:
     Raises:
         UserError: Naming the first such value.
     """
-    training, compensation = config.training, config.compensation
+    compensation = config.compensation
     if config.task.teacher is None:
         raise UserError(
             "teacher is required: --teacher RUN_FOLDER, FILE.safetensors, or NETWORK with "
             "--teacher-weights"
         )
-    for name, value in (
-        ("epochs", training.epochs),
-        ("kd_steps", training.kd_steps),
-        ("batch_size", training.batch_size),
-        ("kdci_hidden_dim", compensation.kdci_hidden_dim),
-        ("checkpoint_every", config.output.checkpoint_every),
-        ("evaluate_every", config.output.evaluate_every),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be >= 1")
-    for name, number in (("temperature", training.temperature), ("lr", training.lr)):
-        if not number > 0:
-            raise UserError(f"{name}={number} must be > 0")
+    training = config.training
     if training.ep_steps < 0:
         raise UserError(f"ep_steps={training.ep_steps} must be >= 0")
+    # The methods' own settings follow the same naming.
+    for name, _, value in leaves(config):
+        is_count = name == "epochs" or name.endswith(("_steps", "_size", "_dim", "_every"))
+        if is_count and name != "ep_steps" and value < 1:
+            raise UserError(f"{name}={value} must be >= 1")
+        is_positive = name in ("temperature", "lr") or (name.startswith("lr_") and name != "lr_min")
+        if is_positive and not value > 0:
+            raise UserError(f"{name}={value} must be > 0")
     if 0 < training.ep_steps < training.kd_steps:
         raise UserError(
             f"kd_steps={training.kd_steps} must be <= ep_steps={training.ep_steps}: an epoch holds "

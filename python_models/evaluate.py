@@ -71,7 +71,9 @@ def evaluate(config: EvaluateConfig) -> float:
             "network is required: --network RUN_FOLDER, FILE.safetensors, or NETWORK with --weights"
         )
     device = resolve_device(config.device)
-    loaded = load_network(config.network, config.weights, config.dataset, "network", "weights")
+    loaded = load_network(
+        config.network, config.weights, config.dataset, "network", "weights", config.data_root
+    )
     dataset = config.dataset or loaded.info.dataset
     if dataset is None:
         raise UserError("dataset is required: the network's file does not name one")

@@ -94,6 +94,11 @@ def load_network(
         UserError: If it cannot be found or does not fit.
     """
     path = Path(source)
+    if weights is not None and path.exists():
+        raise UserError(
+            f"{weights_argument}={weights} goes with a network's name, but {argument}={source} has "
+            "weights of its own: leave one out"
+        )
     if path.is_dir():
         files = [file for role in ROLES if (file := path / f"{role}.safetensors").is_file()]
         if not files:

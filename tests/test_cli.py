@@ -151,6 +151,7 @@ def test_user_mistakes_end_with_one_line(
     assert "resnet18 is a network's name: give its weights" in fails("--teacher", "resnet18")
     assert "is a folder without student.safetensors" in fails("--teacher", str(task["data_root"]))
     assert "teacher=runs/nowhere is not there" in fails("--teacher", "runs/nowhere")
+    assert "leave one out" in fails("--teacher-weights", "weights.pt")
     assert "no weights at" in fails("--teacher", "gone.safetensors")
     assert "temperature=0.0 must be > 0" in fails("--temperature", "0")
     assert "device=warp cannot be used" in fails("--device", "warp")
@@ -192,7 +193,8 @@ def test_damaged_and_foreign_weights(
     weights.unlink()
     assert "no weights file at" in fails("lenet5_bn")
     (tmp_path / "teacher.safetensors").write_bytes(b"short")
-    assert "is damaged" in fails(str(tmp_path / "teacher.safetensors"))
+    task["teacher"] = str(tmp_path / "teacher.safetensors")
+    assert "is damaged" in error_of(distill_words(task, tmp_path / "run"), capsys)
 
 
 def test_a_teacher_by_name_and_weights(task: dict[str, Any], tmp_path: Path) -> None:

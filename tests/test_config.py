@@ -135,6 +135,8 @@ def test_values_are_converted_to_the_type_of_their_name() -> None:
         ({"temperature": 0.0}, "temperature=0.0 must be > 0"),
         ({"temperature": float("nan")}, "temperature=nan must be > 0"),
         ({"lr": -1.0}, "lr=-1.0 must be > 0"),
+        ({"g_steps": 0}, "g_steps=0 must be >= 1"),
+        ({"lr_g": 0.0}, "lr_g=0.0 must be > 0"),
         ({"kdci_prototypes": 0}, "kdci_prototypes=0 must be >= 1"),
         ({"kdci_hidden_dim": 0}, "kdci_hidden_dim=0 must be >= 1"),
         ({"ep_steps": 3, "kd_steps": 5}, "kd_steps=5 must be <= ep_steps=3"),
