@@ -147,7 +147,7 @@ def confounder_dictionary(
     drawn_on = features.device if generator is None else generator.device
     uniforms = torch.rand(
         num_prototypes, candidates, dtype=torch.float64, generator=generator, device=drawn_on
-    ).to(features.device)
+    ).to(features.device, non_blocking=True)
     operator = (
         torch.ops.kdci_ext.confounder_dictionary.default
         if _use_native(backend, features.device)

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -197,6 +197,32 @@ def fingerprint(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def first_not_finite(state: Mapping[str, Any]) -> str | None:
+    """Return the name of the first floating tensor that holds NaN or Inf, or None.
+
+    Args:
+        state: Nested mappings and sequences of tensors and plain values.
+    """
+    tensors = list(_floating_tensors("", state))
+    if not tensors:
+        return None
+    # One transfer from the device, however many tensors there are.
+    finite = torch.stack([torch.isfinite(value).all() for _, value in tensors]).tolist()
+    return next((name for (name, _), good in zip(tensors, finite, strict=True) if not good), None)
+
+
+def _floating_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.device.type != "meta":
+            yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _floating_tensors(f"{name}.{key}" if name else str(key), item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _floating_tensors(f"{name}.{index}", item)
 
 
 # --- interruption ---------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def _find_data(config: DemoConfig) -> str:
 def _student_settings(
     config: DemoConfig, budget: Budget, dataset: str, out_dir: Path
 ) -> dict[str, dict[str, Any]]:
-    """Return the settings of each student; the last two differ in KDCI alone."""
+    """Return the settings of each student; the first two differ in KDCI alone."""
     common: dict[str, Any] = {
         "teacher": str(out_dir / "teacher"),
         "dataset": dataset,

@@ -27,6 +27,7 @@ from python_models.checkpoint import (
     StopRequest,
     export_network,
     fingerprint,
+    first_not_finite,
     load_checkpoint,
     save_checkpoint,
 )
@@ -126,6 +127,7 @@ class Distillation:
         )
         self.kdci = self._build_kdci(method_class.num_prototypes)
         self.optimizer = self._build_optimizer()
+        self._teacher_fingerprint = fingerprint(self.teacher)
         self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
         self.log = LossLog(device)
 
@@ -246,9 +248,9 @@ class Distillation:
         torch.autograd.backward(total(losses))
         for optimizer in optimizers:
             optimizer.step()
-        self.class_counts += torch.bincount(
-            teacher_logits.argmax(1), minlength=self.info.num_classes
-        )
+        labels = teacher_logits.argmax(1)
+        # torch.bincount would wait for the device.
+        self.class_counts.index_add_(0, labels, torch.ones_like(labels))
         self.log.add(self.step, losses)
 
     @torch.no_grad()
@@ -260,7 +262,7 @@ class Distillation:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
         return {
-            "teacher": fingerprint(self.teacher),
+            "teacher": self._teacher_fingerprint,
             "round": self.round,
             "step": self.step,
             "is_round_open": self.is_round_open,
@@ -279,7 +281,7 @@ class Distillation:
         Raises:
             UserError: If the teacher is another one.
         """
-        if state["teacher"] != fingerprint(self.teacher):
+        if state["teacher"] != self._teacher_fingerprint:
             raise UserError(
                 "the teacher's weights are not those that the run began with: resume needs the "
                 "same teacher"
@@ -416,7 +418,9 @@ class _Session:
         last = epoch == training.epochs
         if self.test is not None and (last or epoch % run.config.output.evaluate_every == 0):
             heads = {} if run.kdci is None else {"compensated": run.kdci}
-            found = accuracies(run.student, self.test, run.device, heads=heads)
+            # Looking must not change the run: the ablation with random attention draws.
+            with run.randomness.untouched():
+                found = accuracies(run.student, self.test, run.device, heads=heads)
             row["accuracy"] = found["plain"]
             if "compensated" in found:
                 row["accuracy_compensated"] = found["compensated"]
@@ -429,9 +433,16 @@ class _Session:
         progress.epoch(f"epoch {epoch}/{training.epochs}, {text}", short)
 
     def _save(self) -> None:
+        state = self.run.state_dict()
+        # A last step may have spoilt the weights after its losses were still fine.
+        kdci = {} if self.run.kdci is None else dict(self.run.kdci.named_parameters())
+        spoilt = first_not_finite(
+            {"student": state["student"], "kdci": kdci, "method": state["method"]}
+        )
+        if spoilt is not None:
+            raise DivergenceError(f"{spoilt} became nan or infinite by step {self.run.step}")
         save_checkpoint(
-            self.folder.checkpoint,
-            {"run": self.run.state_dict(), "rows": self.rows, "seconds": self.seconds},
+            self.folder.checkpoint, {"run": state, "rows": self.rows, "seconds": self.seconds}
         )
 
     def _write_results(self) -> RunResult:

@@ -94,8 +94,12 @@ def masked_adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar ``-1/b * sum_b [argmax s_b = argmax t_b] KL_1(T || S)_b``.
     """
+    # With the target as a logarithm: else a probability that underflows has the gradient 0/0.
     divergence = F.kl_div(
-        F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="none"
+        F.log_softmax(student, dim=1),
+        F.log_softmax(teacher, dim=1),
+        reduction="none",
+        log_target=True,
     ).sum(1)
     agree = student.argmax(1) == teacher.argmax(1)
     return -(divergence * agree).mean()

@@ -52,9 +52,16 @@ class Randomness:
         return self._streams[name]
 
     @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Restore torch's global streams after the block, whatever is drawn in it."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            yield
+
+    @contextmanager
     def initialising(self, name: str) -> Iterator[None]:
-        """Within the block, torch's global CPU stream is one of this name; restored after it."""
-        with torch.random.fork_rng(devices=[]):
+        """Within the block, torch's global streams are ones of this name; restored after it."""
+        with self.untouched():
             torch.manual_seed(self.stream_seed(name))
             yield
 

@@ -95,6 +95,15 @@ def test_masked_adversarial_loss(student: Tensor, teacher: Tensor) -> None:
     assert losses.masked_adversarial_loss(student, teacher).item() == pytest.approx(expected)
 
 
+def test_masked_adversarial_gradient_is_finite_for_a_certain_teacher() -> None:
+    """A probability that underflows to 0 must not turn the generator into NaN."""
+    teacher = torch.tensor([[300.0, 0.0, -50.0]], requires_grad=True)
+    student = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+    losses.masked_adversarial_loss(student, teacher).backward()
+    assert teacher.grad is not None
+    assert bool(torch.isfinite(teacher.grad).all())
+
+
 class TwoNorms(nn.Module):
     """Two BatchNorm layers with known statistics."""
 

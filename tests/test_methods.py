@@ -333,11 +333,25 @@ def test_selection_is_that_of_the_whole_sorted_set(count: int) -> None:
     images = torch.randint(0, 256, (41, 1, 4, 4), dtype=torch.uint8)
     images[30] = images[3]
     teacher = Classifier(Confident(), (0.0,), (1.0,))
-    found, logits = select_confident(images.split(5), teacher, count, torch.device("cpu"))
+    found, logits, mean = select_confident(images.split(5), teacher, count, torch.device("cpu"))
     confidence = teacher(to_float(images)).softmax(1).amax(1)
     order = sorted(range(41), key=lambda i: (-confidence[i].item(), i))
     assert found.tolist() == order[:count]
     torch.testing.assert_close(logits, teacher(to_float(images[found])))
+    assert mean == pytest.approx(confidence.mean().item(), rel=1e-5)
+
+
+def test_selection_takes_images_without_a_confidence_last() -> None:
+    class Broken(Confident):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            logits[:2] = torch.nan
+            return logits
+
+    teacher = Classifier(Broken(), (0.0,), (1.0,))
+    images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
+    found, *_ = select_confident([images], teacher, 7, torch.device("cpu"))
+    assert sorted(found.tolist()) == list(range(2, 9))
 
 
 @pytest.mark.parametrize(
@@ -361,12 +375,14 @@ def test_dfnd_student_losses(
     assert found["kd"].item() == pytest.approx(weight * temperature**2 * kl.item(), rel=1e-3)
 
 
-def test_dfnd_estimates_its_diagonal_from_the_selected_images(task: dict[str, Any]) -> None:
+def test_dfnd_estimates_its_diagonal_from_all_unlabelled_images(task: dict[str, Any]) -> None:
     run = start(task, "dfnd")
+    candidates = run._load_unlabelled()
     run.prepare()
     method: Any = run.method
+    assert len(method.images) < len(candidates)
     with torch.no_grad():
-        confidence = run.teacher(to_float(method.images)).softmax(1).amax(1).mean().item()
+        confidence = run.teacher(to_float(candidates)).softmax(1).amax(1).mean().item()
     assert method.diagonal == pytest.approx(confidence, rel=1e-5)
     before = method.theta.detach().clone()
     run.advance()
@@ -415,6 +431,36 @@ def test_a_nan_stops_the_run_and_names_step_and_term(
     expected = r"the loss term 'kd' became nan at step 5; the last checkpoint, .*last.pt"
     with pytest.raises(DivergenceError, match=expected):
         distill(tiny_config(task, "dafl", out_dir=tmp_path / "run"))
+
+
+def test_spoilt_weights_are_not_saved(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step may spoil the generator after its losses were still finite."""
+    original = Method.state_dict
+
+    def spoilt(self: Method[Any]) -> dict[str, Any]:
+        state = original(self)
+        calls.append(1)
+        if len(calls) == 2:
+            next(iter(state["generator"].values())).fill_(torch.nan)
+        return state
+
+    calls: list[int] = []
+    monkeypatch.setattr(Method, "state_dict", spoilt)
+    expected = r"method.generator.* became nan or infinite .*; the last checkpoint, .*last.pt"
+    with pytest.raises(DivergenceError, match=expected):
+        distill(tiny_config(task, "dafl", out_dir=tmp_path / "run"))
+    distill(tiny_config(task, "dafl", out_dir=tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("fast", "g_steps"), ("fast", "pool_size"), ("dafl", "g_steps"), ("dafl", "latent_dim")],
+)
+def test_counts_below_one_are_refused(method: str, name: str, task: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"{name}=0 must be >= 1"):
+        start(task, method, **{name: 0})
 
 
 def test_a_dictionary_larger_than_its_batch_is_refused(task: dict[str, Any]) -> None:

@@ -166,6 +166,10 @@ def test_resuming_with_other_unlabelled_images_is_refused(
     np.savez(task["data_root"] / "wild.npz", images=images, labels=np.zeros(9, dtype=np.int64))
     with pytest.raises(UserError, match="unlabelled holds 9 images, but 50"):
         distill(tiny_config(task, "dfnd", out_dir=out, resume=True))
+    images = np.zeros((50, 24, 24), dtype=np.uint8)
+    np.savez(task["data_root"] / "wild.npz", images=images, labels=np.zeros(50, dtype=np.int64))
+    with pytest.raises(UserError, match="unlabelled holds other images"):
+        distill(tiny_config(task, "dfnd", out_dir=out, resume=True))
 
 
 def test_a_folder_with_a_run_is_kept_unless_told_otherwise(

@@ -12,12 +12,15 @@ With the defaults this is the released code's form (weights 1 and 1, T = 4); ``-
 --temperature 1`` is the paper's.
 
 The released code fixes Q's diagonal to the teacher's test accuracy, which needs original data. Here
-the default is the teacher's mean confidence on the selected images, which needs none; give
-``--diagonal`` where the accuracy is known.
+the default is the teacher's mean confidence on all unlabelled images, which needs none (on the
+selected ones it is near 1 by their selection, and Q would be the identity); give ``--diagonal``
+where the accuracy is known. With KDCI the divergence is that of the compensated student, while the
+noise adaptation term keeps the student's own logits, which are what is deployed.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -48,7 +51,7 @@ class DFNDSettings:
     """Weight of the noise adaptation term."""
     diagonal: float | None = None
     """Diagonal of the noise adaptation matrix: how often the teacher is right. By default the
-    teacher's mean confidence on the selected images."""
+    teacher's mean confidence on all unlabelled images."""
     lr_noise: float = 1e-3
     """Learning rate of the noise adaptation matrix (Adam)."""
     crop: int = 4
@@ -66,7 +69,7 @@ class DFND(Method[DFNDSettings]):
     defaults: ClassVar = {
         "ep_steps": 0,
         "kd_steps": 1,
-        "epochs": 34,
+        "epochs": 33,
         "temperature": 4.0,
         "weight_decay": 5e-4,
         "schedule": "step",
@@ -84,6 +87,7 @@ class DFND(Method[DFNDSettings]):
         self._num_candidates = len(candidates)
         self._candidates: Tensor | None = candidates
         self.images = torch.empty(0)
+        self._images_hash = ""
         self.indices = torch.empty(0, dtype=torch.int64)
         self.diagonal = settings.diagonal or 0.0
         classes = context.num_classes
@@ -93,20 +97,19 @@ class DFND(Method[DFNDSettings]):
         self.parts = {"optimizer": self.optimizer}
         self._order_stream = context.randomness.on_cpu("order")
         self._augment_stream = context.randomness.on_device("augment")
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device=context.device)
         self._cursor = 0
 
     def prepare(self) -> Tensor:
         """Select the images; their logits are the features of the dictionary."""
         assert self._candidates is not None
-        indices, logits = select_confident(
+        indices, logits, confidence = select_confident(
             torch.split(self._candidates, SELECTION_BATCH),
             self.teacher,
             self.settings.select,
             self.context.device,
         )
         if self.settings.diagonal is None:
-            confidence = F.softmax(logits.double(), dim=1).amax(1).mean().item()
             # Even a teacher that is always certain leaves room for noise.
             self.diagonal = min(max(confidence, 1e-3), 1 - 1e-3)
         self._keep(indices)
@@ -115,7 +118,9 @@ class DFND(Method[DFNDSettings]):
     def _keep(self, indices: Tensor) -> None:
         assert self._candidates is not None
         self.indices = indices
-        self.images = self._candidates[indices].to(self.context.device)
+        images = self._candidates[indices]
+        self._images_hash = hashlib.sha256(images.numpy()).hexdigest()
+        self.images = images.to(self.context.device)
         self._candidates = None
 
     def steps_per_pass(self) -> int:
@@ -130,10 +135,11 @@ class DFND(Method[DFNDSettings]):
                 torch.randperm(len(self.images), generator=self._order_stream)
                 for _ in range(-(-self.context.batch_size // len(self.images)))
             ]
-            self._order, self._cursor = torch.cat(orders), 0
+            # Drawn on the CPU, so that all devices draw alike; moved once for the whole pass.
+            self._order, self._cursor = torch.cat(orders).to(self.context.device), 0
         chosen = self._order[self._cursor : self._cursor + self.context.batch_size]
         self._cursor += self.context.batch_size
-        images = to_float(self.images[chosen.to(self.context.device)])
+        images = to_float(self.images[chosen])
         return Batch(self.augment(images, self._augment_stream))
 
     def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
@@ -165,6 +171,7 @@ class DFND(Method[DFNDSettings]):
             "diagonal": self.diagonal,
             "num_candidates": self._num_candidates,
             "indices": self.indices,
+            "images": self._images_hash,
             "order": self._order,
             "cursor": self._cursor,
         }
@@ -180,14 +187,18 @@ class DFND(Method[DFNDSettings]):
         with torch.no_grad():
             self.theta.copy_(state["theta"])
         self.diagonal = state["diagonal"]
-        self._order, self._cursor = state["order"].cpu(), state["cursor"]
+        self._order, self._cursor = state["order"].to(self.context.device), state["cursor"]
         self._keep(state["indices"].cpu())
+        if self._images_hash != state["images"]:
+            raise UserError(
+                "unlabelled holds other images than when the run began: resume needs the same ones"
+            )
 
 
 @torch.no_grad()
 def select_confident(
     batches: Iterable[Tensor], teacher: Classifier, count: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, float]:
     """Select the images that a teacher is most certain of, in one pass with bounded memory.
 
     Args:
@@ -198,28 +209,29 @@ def select_confident(
 
     Returns:
         Positions of the images in the stream, int64 ``[n]`` on the CPU, the most certain first
-        (of equals the earlier one), and their logits ``[n, num_classes]``; ``n <= count``.
+        (of equals the earlier one), their logits ``[n, num_classes]``, ``n <= count``, and the
+        teacher's mean confidence on all images.
     """
-    position = 0
-    values = torch.empty(0, device=device)
-    indices = torch.empty(0, dtype=torch.int64, device=device)
-    logits = torch.empty(0, device=device)
+    seen = 0
+    confidence = torch.zeros((), dtype=torch.float64, device=device)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in batches:
-        new_logits = teacher(to_float(batch.to(device)))
-        new_values = F.log_softmax(new_logits, dim=1).amax(1)
-        new_indices = torch.arange(position, position + len(batch), device=device)
-        position += len(batch)
-        values = torch.cat([values, new_values])
-        indices = torch.cat([indices, new_indices])
-        logits = torch.cat([logits.view(-1, new_logits.shape[1]), new_logits])
-        if len(values) >= 2 * count:  # rarely, so that sorting costs little
-            values, indices, logits = _most_certain(values, indices, logits, count)
-    values, indices, logits = _most_certain(values, indices, logits, count)
-    return indices.cpu(), logits
+        logits = teacher(to_float(batch.to(device)))
+        values = F.log_softmax(logits, dim=1).amax(1)
+        confidence += values.double().exp().sum()
+        # NaN sorts as the largest of all.
+        values = values.nan_to_num(nan=-torch.inf)
+        kept.append((values, torch.arange(seen, seen + len(batch), device=device), logits))
+        seen += len(batch)
+        if sum(len(part[0]) for part in kept) >= 2 * count:  # rarely, as sorting takes time
+            kept = [_most_certain(kept, count)]
+    _, indices, logits = _most_certain(kept, count)
+    return indices.cpu(), logits, (confidence / seen).item()
 
 
 def _most_certain(
-    values: Tensor, indices: Tensor, logits: Tensor, count: int
+    parts: list[tuple[Tensor, Tensor, Tensor]], count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    values, indices, logits = (torch.cat(column) for column in zip(*parts, strict=True))
     order = values.argsort(descending=True, stable=True)[:count]
     return values[order], indices[order], logits[order]
