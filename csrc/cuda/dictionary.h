@@ -15,7 +15,7 @@ namespace kdci::cuda {
 /// waits for it.
 struct DictionaryState {
   double scale; // power of two that brings the features into (-1, 1)
-  int finite;   // all features are finite: otherwise nothing is computed
+  int finite;   // all inputs are finite: otherwise nothing is computed
   // Subspace solver
   int converged; // 1 + the cycle that found the subspace, or 0
   int degree;    // of the Chebyshev filter

@@ -134,6 +134,10 @@ struct SetScale {
     for (int64_t c = threadIdx.x; c < p.d; c += blockDim.x) {
       bad |= isfinite(p.mean[c]) ? 0 : 1;
     }
+    // A starting prototype of NaN would pass for an empty cluster.
+    for (int64_t e = threadIdx.x; e < p.initial_rows * p.d; e += blockDim.x) {
+      bad |= isfinite(p.initial[e]) ? 0 : 1;
+    }
     double largest = 0;
     for (int64_t slice = threadIdx.x; slice < p.slices; slice += blockDim.x) {
       largest = maximum(largest, p.spread_partial[slice]);
@@ -269,6 +273,9 @@ struct FormDirections {
     const double* values = p.subspace.values;
     double* out = p.directions;
     const int64_t q = p.q;
+    // Y Y^T is made of sums in A, and so are its smallest eigenvalues: to
+    // divide by less than their rounding would blow noise up.
+    const double negligible = (sizeof(A) == 4 ? 5e-7 : 1e-14) * values[0];
     const int64_t tiles = ceil_div(q, kDirectionSide);
     const int64_t items = ceil_div(p.d, kDirectionSide) * tiles;
     for (int64_t item = block; item < items; item += blocks) {
@@ -290,7 +297,7 @@ struct FormDirections {
           MultiplyAdd());
       tile.store(row, column, p.d, q, [=](int64_t i, int64_t j, double sum) {
         // A direction without variance has no say in distances.
-        const bool kept = values[j] > 1e-14 * values[0];
+        const bool kept = values[j] > negligible;
         out[i * q + j] = kept ? sum / sqrt(values[j]) : 0;
       });
     }

@@ -261,6 +261,18 @@ def test_starting_prototypes_are_projected_like_the_features(emulation, componen
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_starting_prototypes_that_are_not_finite_end_in_nan(emulation, dtype):
+    features = rows(30, 5).to(dtype)
+    start = features[:4].clone()
+    start[2, 1] = math.inf
+    prototypes, proportions, *_ = emulation.ops.confounder_dictionary(
+        features, draws(4), start, 5, 10, 1e-4
+    )
+    assert bool(prototypes.isnan().all())
+    assert bool(proportions.isnan().all())
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("components", [2, 5])
