@@ -34,7 +34,7 @@ __device__ A squared_distance(const A* a, const A* b, int64_t q) {
 struct FirstSeed {
   template <typename A>
   static __device__ void run(const Clustering<A>& p, int64_t block, int64_t) {
-    if (block != 0 || !p.state->finite) {
+    if (block != 0 || threadIdx.x != 0 || !p.state->finite) {
       return;
     }
     const double place = p.uniforms[0] * static_cast<double>(p.n);
@@ -83,6 +83,8 @@ first_above(const T* weights, int64_t count, double target, double& base) {
   int64_t last = -1;
   double before_last = base;
   double running = base;
+  // Unrolled whole for the known number of runs it took 146 registers.
+#pragma unroll 4
   for (int64_t i = 0; i < count; ++i) {
     const double weight = static_cast<double>(weights[i]);
     if (weight > 0) {
