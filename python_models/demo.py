@@ -58,7 +58,7 @@ class Budget:
 
 
 BUDGETS = {
-    "fashion-mnist": Budget({"epochs": 4, "batch_size": 256}, "demo-fashion", {}, {"epochs": 2}),
+    "fashion-mnist": Budget({"epochs": 5, "batch_size": 256}, "demo-fashion", {}, {"epochs": 2}),
     "digits": Budget({"epochs": 40, "batch_size": 64}, "demo-digits", {}, {"epochs": 2}),
     "quick": Budget(
         {"epochs": 6, "batch_size": 64},
