@@ -264,5 +264,8 @@ def _print_table(rows: list[dict[str, Any]], seconds: float, out_dir: Path) -> N
         f"\nKDCI minus vanilla, same seed: {difference:+.2f} points. One pair of short runs shows "
         "that both work,\nnot which is better: that takes several seeds."
     )
-    print(f"Accuracies are of the last step, on the test images. All in all {duration(seconds)}.")
+    print(
+        "Accuracies are of the last step, on the test images, which the preset's settings were "
+        f"chosen on too.\nAll in all {duration(seconds)}."
+    )
     print(f"Files, with pictures of the synthetic images: {out_dir}")
