@@ -26,7 +26,6 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from python_models.errors import UserError
 from python_models.networks import Classifier
 from python_models.randomness import Randomness
 from python_models.registry import Registry
@@ -202,18 +201,6 @@ def backward_into(loss: Tensor, *targets: nn.Module | Tensor) -> None:
     for target in targets:
         inputs.extend(target.parameters() if isinstance(target, nn.Module) else [target])
     torch.autograd.backward(loss, inputs=inputs)
-
-
-def require_at_least_one(settings: object, *names: str) -> None:
-    """Refuse settings below 1 that count something.
-
-    Raises:
-        UserError: Naming the first such setting.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value < 1:
-            raise UserError(f"{name}={value} must be >= 1")
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:

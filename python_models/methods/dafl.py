@@ -27,7 +27,6 @@ from python_models.methods.base import (
     Synthesis,
     backward_into,
     on_device,
-    require_at_least_one,
     total,
 )
 from python_models.networks import build_generator
@@ -68,7 +67,6 @@ class DAFL(Method[DAFLSettings]):
 
     def __init__(self, settings: DAFLSettings, context: Context) -> None:
         super().__init__(settings, context)
-        require_at_least_one(settings, "g_steps", "synthesis_batch_size", "latent_dim")
         channels, size, _ = context.image_shape
         with context.randomness.initialising("generator"):
             generator = build_generator(settings.generator, settings.latent_dim, size, channels)
