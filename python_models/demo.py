@@ -151,7 +151,8 @@ def _student_settings(
         "overwrite": True,
         **budget.student,
     }
-    # The noise student learns as the others do; only its images differ.
+    # The noise student has the others' settings but fewer steps, which keeps the demo short; the
+    # table says how many.
     shared = distill_config(preset=budget.preset).training
     known = {name for name, _, _ in leaves(distill_config(method="noise"))}
     noise = {
@@ -257,6 +258,8 @@ def _print_table(rows: list[dict[str, Any]], seconds: float, out_dir: Path) -> N
     }
     for row in rows:
         source = sources[row["model"].split(" (")[0]]
+        if "steps" in row:
+            source += f", {row['steps']:,} steps"
         print(f"{row['model']:26}{row['accuracy']:>8.2f} %{row['seconds']:>10.0f}   {source}")
     by_name = {row["model"]: row["accuracy"] for row in rows}
     difference = by_name["student, KDCI"] - by_name["student, vanilla"]

@@ -7,9 +7,10 @@ steps of Adam, with uniformly drawn classes ``y`` and randomly cropped and mirro
     bn * sum_layers r' + oh * mean CE(t, y) - adv * mean_b [argmax s = argmax t] KL_1(T || S)_b.
 
 r' is the distance of batch statistics from the teacher's BatchNorm statistics, averaged over rounds
-with ``bn_momentum``; the adversarial term waits for the end of warm-up. The images of the lowest
-loss go to a pool on the device, and the student learns from random batches of the pool. The
-meta-generator then takes one Adam step of rate ``lr_g * g_steps`` along the sum of the inner
+with ``bn_momentum``; the adversarial term waits for the end of warm-up (the released code, whose
+round counter runs ahead, starts it and resets the first layers one round earlier). The images of
+the lowest loss go to a pool on the device, and the student learns from random batches of the pool.
+The meta-generator then takes one Adam step of rate ``lr_g * g_steps`` along the sum of the inner
 gradients (first-order MAML) or towards the copy (Reptile: gradient 67 (meta - copy)).
 """
 
