@@ -14,7 +14,8 @@
 #include "arena.h"
 #include "kmeans.h"
 #include "pca.h"
-#include "simd/kmeans.h"
+#include "simd/rows.h"
+#include "simd/subspace.h"
 
 namespace kdci {
 namespace {
@@ -62,7 +63,7 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice) {
       const int64_t first = slice * n / slices;
-      kmeans_kernels<T>().column_stats(
+      rows_kernels<T>().column_stats(
           rows + first * d,
           (slice + 1) * n / slices - first,
           d,
@@ -117,13 +118,12 @@ void fill_tiles(
     T* scratch,
     int64_t scratch_tiles,
     T* tiles) {
-  const auto& kernels = kmeans_kernels<T>();
   const int64_t n = rows.n;
   const int64_t d = rows.d;
   const int64_t num_tiles = (n + tile_points - 1) / tile_points;
   const auto fill = [&](int64_t tile, T* to) {
     const int64_t first = tile * tile_points;
-    kernels.center_tile(
+    rows_kernels<T>().center_tile(
         rows.data + first * d,
         std::min(tile_points, n - first),
         d,
@@ -148,7 +148,7 @@ void fill_tiles(
     const int64_t last = end * num_tiles / parts;
     for (int64_t tile = begin * num_tiles / parts; tile < last; ++tile) {
       fill(tile, centered);
-      kernels.project_tile(
+      subspace_kernels<T>().project_tile(
           centered,
           tile_points,
           d,
@@ -220,7 +220,7 @@ void average_rows(
           const int64_t slice = part / blocks;
           const int64_t first = slice * n / slices;
           const int64_t column = part % blocks * column_block;
-          kmeans_kernels<T>().add_rows(
+          rows_kernels<T>().add_rows(
               rows + first * d,
               (slice + 1) * n / slices - first,
               d,

@@ -9,7 +9,8 @@
 #include "../common/stable.h"
 #include "simd/eigen.h"
 #include "simd/gemm.h"
-#include "simd/kmeans.h"
+#include "simd/rows.h"
+#include "simd/subspace.h"
 
 namespace kdci {
 namespace {
@@ -141,13 +142,13 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
 
 template <typename T>
 void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
-  const auto& kernels = kmeans_kernels<T>();
+  const auto& kernels = subspace_kernels<T>();
   const int64_t d = d_;
   const int64_t size = num_tiles_ * d * tile_points;
   // What pads the rows must give zeros.
   std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
   const auto center = [&](int64_t first, int64_t count, T* centered) {
-    kernels.center_rows(
+    rows_kernels<T>().center_rows(
         rows.data + first * d,
         count,
         d,
@@ -241,7 +242,7 @@ void PrincipalSubspace<T>::mirror() {
 template <typename T>
 void PrincipalSubspace<T>::form_gram(const CenteredRows<T>& rows) {
   torch::stable::parallel_for(0, n_, 16, [&](int64_t begin, int64_t end) {
-    kmeans_kernels<T>().center_rows(
+    rows_kernels<T>().center_rows(
         rows.data + begin * d_,
         end - begin,
         d_,
@@ -367,7 +368,7 @@ void PrincipalSubspace<T>::apply() {
   torch::stable::parallel_for(
       0, num_tiles_, grain, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
-          kmeans_kernels<T>().project_tile(
+          subspace_kernels<T>().project_tile(
               matrix_ + tile * size_ * tile_points,
               tile_size(tile),
               size_,
@@ -407,7 +408,7 @@ void PrincipalSubspace<T>::filter(double cut, int degree) {
 template <typename T>
 void PrincipalSubspace<T>::factorize_block() {
   const int64_t w = width_;
-  kmeans_kernels<T>().inner_products(
+  subspace_kernels<T>().inner_products(
       block_, block_, num_tiles_, w, small_gram_);
   for (int64_t i = 0; i < w; ++i) {
     const double square = small_gram_[i * w + i];
@@ -437,7 +438,7 @@ void PrincipalSubspace<T>::rotate(T*& block) {
   }
   for (int64_t tile = 0; tile < num_tiles_; ++tile) {
     const int64_t offset = tile * w * tile_points;
-    kmeans_kernels<T>().project_tile(
+    subspace_kernels<T>().project_tile(
         block + offset,
         tile_size(tile),
         w,
@@ -468,7 +469,7 @@ void PrincipalSubspace<T>::solve_ritz(bool turn) {
   const auto& kernels = eigen_kernels();
   const int64_t w = width_;
   factorize_block();
-  kmeans_kernels<T>().inner_products(
+  subspace_kernels<T>().inner_products(
       block_, product_, num_tiles_, w, small_ritz_);
   for (int64_t i = 0; i < w; ++i) {
     for (int64_t j = 0; j <= i; ++j) {

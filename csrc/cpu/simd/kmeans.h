@@ -1,92 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The inner loops of the confounder dictionary.
-//
-// Points are stored in tiles of 64, coordinate by coordinate: coordinate k of
-// point i is tiles[(i / 64 * depth + k) * 64 + i % 64], so that a register
-// holds one coordinate of many points. The last tile is filled up with zeros.
-//
-// Columns (directions to project on, centres) are packed by `pack_columns` in
-// groups of 6: group g is [depth][6] (the last one as wide as is left), which
-// with 64 points fills the registers of AVX-512.
+// The inner loops of k-means++ and Lloyd's iterations.
 #pragma once
 
 #include <cstdint>
 
+#include "layout.h"
 #include "level.h"
 
 namespace kdci {
 
-constexpr int64_t tile_points = 64;
-constexpr int64_t group_columns = 6;
-
 template <typename T>
 struct KmeansKernels {
-  /// Adds the sums of the columns of rows [n, d] to `sum` and widens
-  /// [low, high] to the columns' range. Nothing is read past `rows_end`.
-  void (*column_stats)(
-      const T* rows,
-      int64_t n,
-      int64_t d,
-      const T* rows_end,
-      double* sum,
-      T* low,
-      T* high);
-
-  /// centered = rows * scale - shift, [n, d], rows `stride` apart.
-  void (*center_rows)(
-      const T* rows,
-      int64_t n,
-      int64_t d,
-      const T* shift,
-      T scale,
-      T* centered,
-      int64_t stride);
-
-  /// The same for `count` <= 64 rows, as a tile [d][64]. `shift` has room for
-  /// 16 values past its d.
-  void (*center_tile)(
-      const T* rows,
-      int64_t count,
-      int64_t d,
-      const T* rows_end,
-      const T* shift,
-      T scale,
-      T* tile);
-
-  /// projected [q][64] = packed columns [depth, q] ^T * tile [depth][64], for
-  /// the first `count` points of the tile and perhaps some more.
-  void (*project_tile)(
-      const T* tile,
-      int64_t count,
-      int64_t depth,
-      const T* columns,
-      int64_t q,
-      T* projected);
-
-  /// Rows [first, last) of X^T X for `count` <= 64 of its columns, from
-  /// `column` on, as rows of a tile; X [n, d] has rows `stride` apart. They
-  /// are added to the tile if it is `accumulated`.
-  void (*add_products)(
-      const T* rows,
-      int64_t n,
-      int64_t stride,
-      int64_t first,
-      int64_t last,
-      int64_t column,
-      int64_t count,
-      T* tile,
-      bool accumulated);
-
-  /// products [depth, depth] = sum over all points of a_i b_j, for j <= i; the
-  /// rest is left undefined. `depth` is a multiple of 4.
-  void (*inner_products)(
-      const T* a,
-      const T* b,
-      int64_t num_tiles,
-      int64_t depth,
-      double* products);
-
   /// Sum of the squares of a tile's values.
   double (*square_sum)(const T* tile, int64_t depth);
 
@@ -164,31 +89,8 @@ struct KmeansKernels {
       const int64_t* labels,
       T* distances,
       double* sums);
-
-  /// Adds columns [first, last) of rows [n, d] to sums [K, d] of their
-  /// clusters.
-  void (*add_rows)(
-      const T* rows,
-      int64_t n,
-      int64_t d,
-      int64_t first,
-      int64_t last,
-      const int64_t* labels,
-      double* sums);
 };
 
-KDCI_DECLARE_PER_LEVEL(KmeansKernels<float>, kmeans_kernels_float)
-KDCI_DECLARE_PER_LEVEL(KmeansKernels<double>, kmeans_kernels_double)
-
-template <typename T>
-const KmeansKernels<T>& kmeans_kernels();
-template <>
-inline const KmeansKernels<float>& kmeans_kernels<float>() {
-  return kmeans_kernels_float();
-}
-template <>
-inline const KmeansKernels<double>& kmeans_kernels<double>() {
-  return kmeans_kernels_double();
-}
+KDCI_DECLARE_PER_TYPE(KmeansKernels, kmeans_kernels)
 
 } // namespace kdci

@@ -11,7 +11,8 @@ namespace {
 SimdLevel supported_level() {
 #if defined(KDCI_SIMD_X86)
   if (__builtin_cpu_supports("x86-64-v4")) {
-    return SimdLevel::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? SimdLevel::avx512bf16
+                                                : SimdLevel::avx512;
   }
   if (__builtin_cpu_supports("x86-64-v3")) {
     return SimdLevel::avx2;
@@ -26,7 +27,8 @@ SimdLevel chosen_level() {
   if (wanted == nullptr) {
     return supported;
   }
-  for (SimdLevel level : {SimdLevel::baseline, SimdLevel::avx2}) {
+  for (SimdLevel level :
+       {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512}) {
     if (std::strcmp(wanted, simd_level_name(level)) == 0) {
       return level < supported ? level : supported;
     }
@@ -43,6 +45,8 @@ SimdLevel simd_level() {
 
 const char* simd_level_name(SimdLevel level) {
   switch (level) {
+    case SimdLevel::avx512bf16:
+      return "avx512bf16";
     case SimdLevel::avx512:
       return "avx512";
     case SimdLevel::avx2:

@@ -11,10 +11,11 @@
 
 namespace kdci {
 
-enum class SimdLevel { baseline, avx2, avx512 };
+/// avx512bf16 adds products of bfloat16 pairs.
+enum class SimdLevel { baseline, avx2, avx512, avx512bf16 };
 
 /// The best level this processor has; the environment variable
-/// KDCI_SIMD=baseline|avx2|avx512, read once, lowers it (for tests).
+/// KDCI_SIMD=baseline|avx2|avx512|avx512bf16, read once, lowers it (for tests).
 SimdLevel simd_level();
 
 /// The level's name, for people.
@@ -35,8 +36,13 @@ const char* simd_level_name(SimdLevel level);
   namespace avx512 {                        \
   extern const Table name;                  \
   }                                         \
+  namespace avx512bf16 {                    \
+  extern const Table name;                  \
+  }                                         \
   static inline const Table& name() {       \
     switch (simd_level()) {                 \
+      case SimdLevel::avx512bf16:           \
+        return avx512bf16::name;            \
       case SimdLevel::avx512:               \
         return avx512::name;                \
       case SimdLevel::avx2:                 \
@@ -54,3 +60,18 @@ const char* simd_level_name(SimdLevel level);
     return baseline::name;                  \
   }
 #endif
+
+// The same for a class template: tables of float and double, and `name<T>()`.
+#define KDCI_DECLARE_PER_TYPE(Table, name)             \
+  KDCI_DECLARE_PER_LEVEL(Table<float>, name##_float)   \
+  KDCI_DECLARE_PER_LEVEL(Table<double>, name##_double) \
+  template <typename T>                                \
+  const Table<T>& name();                              \
+  template <>                                          \
+  inline const Table<float>& name<float>() {           \
+    return name##_float();                             \
+  }                                                    \
+  template <>                                          \
+  inline const Table<double>& name<double>() {         \
+    return name##_double();                            \
+  }

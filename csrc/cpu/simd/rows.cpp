@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "rows.h"
+
+#include "tile.h"
+
+namespace kdci::KDCI_SIMD {
+namespace {
+
+/// The values from `from` on; what lies past `end` is replaced by zeros.
+template <typename T>
+KDCI_INLINE Vec<T> load_before(const T* from, const T* end) {
+  if (from + lanes<T> <= end) {
+    return load(from);
+  }
+  T values[lanes<T>] = {};
+  for (int64_t i = 0; from + i < end; ++i) {
+    values[i] = from[i];
+  }
+  return load(values);
+}
+
+template <typename T>
+void column_stats(
+    const T* rows,
+    int64_t n,
+    int64_t d,
+    const T* rows_end,
+    double* sum,
+    T* low,
+    T* high) {
+  constexpr int halves = sizeof(double) / sizeof(T);
+  // The vectors at the right edge reach into the next row; what they hold
+  // there is dropped. The last of them would reach past the end.
+  for (int64_t k = 0; k < d; k += lanes<T>) {
+    Vec<double> sums[halves] = {};
+    Vec<T> lows = load_before(rows + k, rows_end);
+    Vec<T> highs = lows;
+    const auto add = [&](const T* values) KDCI_ALWAYS_INLINE {
+      const Vec<T> value = load(values);
+      lows = value < lows ? value : lows;
+      highs = value > highs ? value : highs;
+#pragma GCC unroll 2
+      for (int h = 0; h < halves; ++h) {
+        sums[h] += widen(values + h * lanes<double>);
+      }
+    };
+    int64_t inside = n;
+    while (inside > 0 && rows + (inside - 1) * d + k + lanes<T> > rows_end) {
+      --inside;
+    }
+    for (int64_t i = 0; i < inside; ++i) {
+      add(rows + i * d + k);
+    }
+    for (int64_t i = inside; i < n; ++i) {
+      T values[lanes<T>];
+      store(values, load_before(rows + i * d + k, rows_end));
+      add(values);
+    }
+    const int64_t width = d - k < lanes<T> ? d - k : lanes<T>;
+    for (int64_t j = 0; j < width; ++j) {
+      sum[k + j] += sums[j / lanes<double>][j % lanes<double>];
+      low[k + j] = lows[j] < low[k + j] ? lows[j] : low[k + j];
+      high[k + j] = highs[j] > high[k + j] ? highs[j] : high[k + j];
+    }
+  }
+}
+
+template <typename T>
+void center_rows(
+    const T* __restrict rows,
+    int64_t n,
+    int64_t d,
+    const T* __restrict shift,
+    T scale,
+    T* __restrict centered,
+    int64_t stride) {
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < d; ++k) {
+      centered[i * stride + k] = rows[i * d + k] * scale - shift[k];
+    }
+  }
+}
+
+template <int... indices>
+struct Indices {};
+
+template <int count, int... tail>
+struct IndicesUpTo : IndicesUpTo<count - 1, count - 1, tail...> {};
+
+template <int... indices>
+struct IndicesUpTo<0, indices...> {
+  using type = Indices<indices...>;
+};
+
+/// Swaps the two off-diagonal quarters of pairs of rows `step` apart.
+template <int step, typename T, int... j>
+KDCI_INLINE void exchange(Vec<T>& upper, Vec<T>& lower, Indices<j...>) {
+  constexpr int width = sizeof...(j);
+  const Vec<T> a = upper;
+  const Vec<T> b = lower;
+  upper = __builtin_shufflevector(a, b, ((j & step) ? width + j - step : j)...);
+  lower = __builtin_shufflevector(a, b, ((j & step) ? width + j : j + step)...);
+}
+
+template <int step, typename T>
+KDCI_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
+  if constexpr (step > 0) {
+    using AllLanes = typename IndicesUpTo<lanes<T>>::type;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lanes<T>; ++i) {
+      if ((i & step) == 0) {
+        exchange<step, T>(rows[i], rows[i + step], AllLanes());
+      }
+    }
+    transpose<step / 2, T>(rows);
+  }
+}
+
+template <typename T>
+void center_tile(
+    const T* rows,
+    int64_t count,
+    int64_t d,
+    const T* rows_end,
+    const T* shift,
+    T scale,
+    T* tile) {
+  const Vec<T> scales = broadcast(scale);
+  for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+    for (int64_t k = 0; k < d; k += lanes<T>) {
+      const Vec<T> shifts = load(shift + k);
+      Vec<T> block[lanes<T>];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes<T>; ++r) {
+        block[r] = i + r < count
+            ? load_before(rows + (i + r) * d + k, rows_end) * scales - shifts
+            : Vec<T>{};
+      }
+      transpose<lanes<T> / 2, T>(block);
+      if (k + lanes<T> <= d) {
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < lanes<T>; ++c) {
+          store(tile + (k + c) * tile_points + i, block[c]);
+        }
+      } else {
+        for (int64_t c = 0; c < d - k; ++c) {
+          store(tile + (k + c) * tile_points + i, block[c]);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void add_rows(
+    const T* __restrict rows,
+    int64_t n,
+    int64_t d,
+    int64_t first,
+    int64_t last,
+    const int64_t* __restrict labels,
+    double* __restrict sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    double* sum = sums + labels[i] * d;
+    for (int64_t k = first; k < last; ++k) {
+      sum[k] += rows[i * d + k];
+    }
+  }
+}
+
+template <typename T>
+constexpr RowsKernels<T> table = {
+    column_stats<T>,
+    center_rows<T>,
+    center_tile<T>,
+    add_rows<T>,
+};
+
+} // namespace
+
+extern const RowsKernels<float> rows_kernels_float = table<float>;
+extern const RowsKernels<double> rows_kernels_double = table<double>;
+
+} // namespace kdci::KDCI_SIMD

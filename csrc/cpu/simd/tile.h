@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The register-tiled inner loop that every kernel of the dictionary is made
+// of, on points in tiles (see level.h for how it is compiled).
+#pragma once
+
+#include "layout.h"
+#include "vec.h"
+
+#define KDCI_ALWAYS_INLINE __attribute__((always_inline))
+#define KDCI_INLINE inline KDCI_ALWAYS_INLINE
+
+namespace kdci::KDCI_SIMD {
+
+// Vectors of points that are in work at once: with 6 columns that is 24 of the
+// 32 registers of AVX-512, else 12 of 16.
+constexpr int num_vectors = vector_bytes == 64 ? 4 : 2;
+
+template <typename T>
+constexpr int64_t block_points = num_vectors * lanes<T>;
+
+template <typename T>
+using Mask = decltype(Vec<T>{} > Vec<T>{});
+
+template <typename T, int columns, int vectors = num_vectors>
+using Block = Vec<T>[columns][vectors];
+
+/// block += columns [depth][width] . points [depth][64], or with `squared`
+/// the squared differences of the two.
+template <bool squared, typename T, int width, int vectors>
+KDCI_INLINE void accumulate(
+    const T* points,
+    int64_t depth,
+    const T* columns,
+    Block<T, width, vectors>& block,
+    int64_t points_stride = tile_points,
+    int64_t columns_stride = width) {
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> point[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      point[v] = load(points + v * lanes<T>);
+    }
+#pragma GCC unroll 6
+    for (int c = 0; c < width; ++c) {
+      const Vec<T> column = broadcast(columns[c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        if constexpr (squared) {
+          const Vec<T> difference = point[v] - column;
+          block[c][v] += difference * difference;
+        } else {
+          block[c][v] += point[v] * column;
+        }
+      }
+    }
+    points += points_stride;
+    columns += columns_stride;
+  }
+}
+
+template <int width>
+struct Width {
+  static constexpr int value = width;
+};
+
+/// Calls `body` with the width of each group of packed columns as a type and
+/// the index of the group's first column.
+
+template <typename Body>
+KDCI_INLINE void for_groups(int64_t columns, Body body) {
+  int64_t first = 0;
+  for (; first + 6 <= columns; first += 6) {
+    body(Width<6>(), first);
+  }
+  switch (columns - first) {
+    case 5:
+      body(Width<5>(), first);
+      break;
+    case 4:
+      body(Width<4>(), first);
+      break;
+    case 3:
+      body(Width<3>(), first);
+      break;
+    case 2:
+      body(Width<2>(), first);
+      break;
+    case 1:
+      body(Width<1>(), first);
+      break;
+  }
+}
+
+/// Calls `body` with a number of vectors as a type and the index of their first
+/// point, until `count` points are covered.
+template <typename T, typename Body>
+KDCI_INLINE void for_blocks(int64_t count, Body body) {
+  int64_t i = 0;
+  if constexpr (num_vectors == 4) {
+    for (; count - i > 2 * lanes<T>; i += 4 * lanes<T>) {
+      body(Width<4>(), i);
+    }
+  }
+  for (; count - i > lanes<T>; i += 2 * lanes<T>) {
+    body(Width<2>(), i);
+  }
+  if (i < count) {
+    body(Width<1>(), i);
+  }
+}
+
+// -- Sums in double ----------------------------------------------------------
+
+KDCI_INLINE Vec<double> widen(const double* from) {
+  return load(from);
+}
+
+KDCI_INLINE Vec<double> widen(const float* from) {
+  typedef float Half __attribute__((
+      vector_size(vector_bytes / 2), aligned(alignof(float)), may_alias));
+  return __builtin_convertvector(
+      *reinterpret_cast<const Half*>(from), Vec<double>);
+}
+
+KDCI_INLINE double sum_lanes(Vec<double> values) {
+  double sums[lanes<double>];
+  store(sums, values);
+#pragma GCC unroll 3
+  for (int64_t half = lanes<double> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+    }
+  }
+  return sums[0];
+}
+
+/// Sum of `count` values, a multiple of 64.
+template <typename T>
+KDCI_INLINE double sum_all(const T* values, int64_t count) {
+  Vec<double> sums[4] = {};
+  for (int64_t i = 0; i < count; i += 4 * lanes<double>) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) {
+      sums[v] += widen(values + i + v * lanes<double>);
+    }
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+} // namespace kdci::KDCI_SIMD
