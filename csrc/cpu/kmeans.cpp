@@ -2,6 +2,8 @@
 #include "kmeans.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -25,6 +27,40 @@ void pack_columns(const T* matrix, int64_t depth, int64_t count, T* columns) {
 template void pack_columns(const float*, int64_t, int64_t, float*);
 template void pack_columns(const double*, int64_t, int64_t, double*);
 
+namespace {
+
+/// Points that k-means++ looks at: all, or where there are at least twice as
+/// many, so many of them.
+int64_t sample_size(int64_t n, int64_t num_centers) {
+  const int64_t enough = std::max<int64_t>(8192, 64 * num_centers);
+  return n >= 2 * enough ? enough : n;
+}
+
+/// Point i of a sample of `size` out of n: one of its stretch, scrambled, lest
+/// the sample resonates with an order of the points.
+int64_t sampled_point(int64_t i, int64_t size, int64_t n) {
+  const int64_t begin = i * n / size;
+  const uint64_t length = (i + 1) * n / size - begin;
+  const uint32_t scrambled = static_cast<uint32_t>(i) * 2654435769U;
+  return begin + static_cast<int64_t>(scrambled * length >> 32);
+}
+
+/// The nearest bfloat16, as a float's upper half.
+uint32_t round_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+float from_bfloat16(uint32_t half) {
+  const uint32_t bits = half << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+} // namespace
+
 template <typename T>
 Kmeans<T>::Kmeans(
     Arena& arena,
@@ -36,19 +72,29 @@ Kmeans<T>::Kmeans(
       depth_(depth),
       num_centers_(num_centers),
       candidates_(candidates),
-      num_tiles_((n + tile_points - 1) / tile_points) {
+      num_tiles_((n + tile_points - 1) / tile_points),
+      small_(
+          n <= 16 * num_centers || n * num_centers * depth <= (1 << 18)),
+      sample_size_(sample_size(n, num_centers)),
+      sample_tiles_((sample_size_ + tile_points - 1) / tile_points) {
   tiles_ = arena.take<T>(num_tiles_ * depth * tile_points);
+  sample_ = sample_size_ < n
+      ? arena.take<T>(sample_tiles_ * depth * tile_points)
+      : tiles_;
   centers_ = arena.take<T>(depth * num_centers);
+  before_ = arena.take<T>(small_ ? 0 : depth * num_centers);
   packed_ = arena.take<T>(depth * std::max(num_centers, candidates));
+  pairs_ = arena.take<uint32_t>(small_ ? 0 : (depth + 1) / 2 * num_centers);
   bias_ = arena.take<T>(num_centers);
-  distances_ = arena.take<T>(num_tiles_ * tile_points);
+  drift_ = arena.take<T>(num_centers);
+  slack_ = arena.take<T>(num_tiles_ * tile_points);
   point_ = arena.take<T>(depth);
   candidate_points_ = arena.take<T>(depth * candidates);
-  tile_sums_ = arena.take<double>(num_tiles_ * candidates);
-  cumulative_ = arena.take<double>(num_tiles_);
+  tile_sums_ =
+      arena.take<double>(std::max(num_tiles_, sample_tiles_ * candidates));
+  cumulative_ = arena.take<double>(sample_tiles_);
   sums_ = arena.take<double>(depth * num_centers);
   counts_ = arena.take<int64_t>(num_centers);
-  previous_ = arena.take<int32_t>(n);
   moved_ = arena.take<uint64_t>(num_tiles_);
 }
 
@@ -61,36 +107,66 @@ int64_t Kmeans<T>::grain(int64_t columns) const {
 }
 
 template <typename T>
-void Kmeans<T>::copy_point(int64_t row, T* point, int64_t stride) const {
+void Kmeans<T>::copy_point(
+    const T* tiles,
+    int64_t row,
+    T* point,
+    int64_t stride) const {
   const T* from =
-      tiles_ + row / tile_points * depth_ * tile_points + row % tile_points;
+      tiles + row / tile_points * depth_ * tile_points + row % tile_points;
   for (int64_t k = 0; k < depth_; ++k) {
     point[k * stride] = from[k * tile_points];
   }
 }
 
 template <typename T>
+void Kmeans<T>::take_sample() {
+  if (sample_ == tiles_) {
+    return;
+  }
+  torch::stable::parallel_for(
+      0, sample_tiles_, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          T* to = sample_ + tile * depth_ * tile_points;
+          std::fill_n(to, depth_ * tile_points, T(0));
+          const int64_t first = tile * tile_points;
+          const int64_t count = std::min(tile_points, sample_size_ - first);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = sampled_point(first + i, sample_size_, n_);
+            copy_point(tiles_, row, to + i, tile_points);
+          }
+        }
+      });
+}
+
+template <typename T>
 void Kmeans<T>::choose_centers(const double* uniforms) {
   const auto& kernels = kmeans_kernels<T>();
   const int64_t count = num_centers_;
-  std::fill_n(distances_, n_, std::numeric_limits<T>::infinity());
-  std::fill(distances_ + n_, distances_ + num_tiles_ * tile_points, T(0));
+  take_sample();
+  T* distances = slack_;
+  std::fill_n(distances, sample_size_, std::numeric_limits<T>::infinity());
+  std::fill(
+      distances + sample_size_, distances + sample_tiles_ * tile_points, T(0));
 
-  const int64_t first =
-      std::min(n_ - 1, static_cast<int64_t>(uniforms[0] * n_));
-  copy_point(first, centers_, count);
-  copy_point(first, point_, 1);
+  const int64_t first = std::min(
+      sample_size_ - 1, static_cast<int64_t>(uniforms[0] * sample_size_));
+  copy_point(sample_, first, centers_, count);
+  copy_point(sample_, first, point_, 1);
   // One pass over the points for each centre: it brings the distances up to
   // date with the centre chosen last, and tries all candidates for the next.
   const auto pass = [&](const T* chosen, int64_t candidates) {
     torch::stable::parallel_for(
-        0, num_tiles_, grain(candidates + 1), [&](int64_t begin, int64_t end) {
+        0,
+        sample_tiles_,
+        grain(candidates + 1),
+        [&](int64_t begin, int64_t end) {
           kernels.seed_tiles(
-              tiles_,
+              sample_,
               depth_,
               begin,
               end,
-              distances_,
+              distances,
               chosen,
               packed_,
               candidates,
@@ -98,12 +174,12 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
         });
   };
   pass(point_, 0);
-  const T* pending = nullptr; // the centre that distances_ lack
+  const T* pending = nullptr; // the centre that the distances lack
   int64_t best = 0;
   for (int64_t center = 1; center < count; ++center) {
     const int64_t stride = pending == nullptr ? 1 : candidates_;
     double total = 0;
-    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+    for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
       total += tile_sums_[tile * stride + best];
       cumulative_[tile] = total;
     }
@@ -116,9 +192,9 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
       return;
     }
     for (int64_t c = 0; c < candidates_; ++c) {
-      const double draw = uniforms[center * candidates_ + c];
-      const int64_t row = sample(draw * total, pending);
-      copy_point(row, candidate_points_ + c, candidates_);
+      const double uniform = uniforms[center * candidates_ + c];
+      const int64_t row = draw(uniform * total, pending);
+      copy_point(sample_, row, candidate_points_ + c, candidates_);
     }
     if (candidates_ > 1) {
       pack_columns(candidate_points_, depth_, candidates_, packed_);
@@ -129,7 +205,7 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
       double least = 0;
       for (int64_t c = 0; c < candidates_; ++c) {
         double potential = 0;
-        for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+        for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
           potential += tile_sums_[tile * candidates_ + c];
         }
         if (c == 0 || potential < least * (1 - 1e-6)) {
@@ -149,25 +225,25 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
   }
 }
 
-/// The first point at which the cumulative squared distances exceed
-/// `threshold`; `chosen`, unless it is null, is a centre that the distances
-/// do not know yet.
+/// The first point of the sample at which the cumulative squared distances
+/// exceed `threshold`; `chosen`, unless it is null, is a centre that the
+/// distances do not know yet.
 template <typename T>
-int64_t Kmeans<T>::sample(double threshold, const T* chosen) {
+int64_t Kmeans<T>::draw(double threshold, const T* chosen) {
   int64_t tile =
-      std::upper_bound(cumulative_, cumulative_ + num_tiles_, threshold) -
+      std::upper_bound(cumulative_, cumulative_ + sample_tiles_, threshold) -
       cumulative_;
   // Rounding can take the threshold to the total: then it is the last point
   // that is no centre.
-  while (tile == num_tiles_ ||
+  while (tile == sample_tiles_ ||
          (tile > 0 && cumulative_[tile] == cumulative_[tile - 1])) {
     --tile;
   }
-  T* distances = distances_ + tile * tile_points;
+  T* distances = slack_ + tile * tile_points;
   if (chosen != nullptr) {
     double unused;
     kmeans_kernels<T>().seed_tiles(
-        tiles_ + tile * depth_ * tile_points,
+        sample_ + tile * depth_ * tile_points,
         depth_,
         0,
         1,
@@ -210,6 +286,7 @@ int64_t Kmeans<T>::iterate(
   const double threshold = tolerance * variance / num_columns;
 
   std::fill_n(labels, n_, -1);
+  has_slack_ = false;
   for (int64_t iteration = 1; iteration <= max_iter; ++iteration) {
     assign(labels);
     int64_t moves = 0;
@@ -232,61 +309,83 @@ int64_t Kmeans<T>::iterate(
 template <typename T>
 void Kmeans<T>::assign(int64_t* labels) {
   const auto& kernels = kmeans_kernels<T>();
-  // Clusters of a few rows can be closer to each other than the products
-  // resolve, and where there is little to do exactness costs nothing.
-  const bool exact =
-      n_ <= 16 * num_centers_ || n_ * num_centers_ * depth_ <= (1 << 18);
   pack_columns(centers_, depth_, num_centers_, packed_);
-  if (!exact) {
-    for (int64_t i = 0; i < depth_ * num_centers_; ++i) {
-      packed_[i] = -packed_[i];
-    }
-    for (int64_t c = 0; c < num_centers_; ++c) {
-      double square = 0;
-      for (int64_t k = 0; k < depth_; ++k) {
-        const double value = centers_[k * num_centers_ + c];
-        square += value * value;
-      }
-      bias_[c] = static_cast<T>(square / 2);
-    }
+  Assignment<T> task = {};
+  task.tiles = tiles_;
+  task.n = n_;
+  task.depth = depth_;
+  task.num_centers = num_centers_;
+  task.columns = packed_;
+  task.labels = labels;
+  task.slack = slack_;
+  task.moved = moved_;
+  if (!small_) {
+    task.bias = bias_;
+    task.drift = has_slack_ ? drift_ : nullptr;
+    prepare_products(task);
   }
   torch::stable::parallel_for(
       0, num_tiles_, grain(num_centers_), [&](int64_t begin, int64_t end) {
-        kernels.assign_tiles(
-            tiles_,
-            depth_,
-            begin,
-            end,
-            n_,
-            packed_,
-            exact ? nullptr : bias_,
-            num_centers_,
-            labels,
-            previous_,
-            moved_);
+        std::vector<T> scratch(kernels.assign_scratch(depth_));
+        kernels.assign_tiles(task, begin, end, scratch.data());
       });
+  has_slack_ = !small_;
+}
+
+/// Turns packed_ into -c, and adds what comparing products takes.
+template <typename T>
+void Kmeans<T>::prepare_products(Assignment<T>& task) {
+  double largest = 0;
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    double square = 0;
+    for (int64_t k = 0; k < depth_; ++k) {
+      const double value = centers_[k * num_centers_ + c];
+      square += value * value;
+    }
+    bias_[c] = static_cast<T>(square / 2);
+    largest = std::max(largest, square);
+  }
+  // Upper bounds must stay upper bounds as T.
+  const double up = 1 + 1e-6;
+  task.largest_center = static_cast<T>(std::sqrt(largest) * up);
+  for (int64_t i = 0; i < depth_ * num_centers_; ++i) {
+    packed_[i] = -packed_[i];
+  }
+  if (sizeof(T) > 4 || simd_level() != SimdLevel::avx512bf16) {
+    return;
+  }
+  uint32_t* pair = pairs_;
+  double largest_rest = 0;
+  for (int64_t first = 0; first < num_centers_; first += group_columns) {
+    const int64_t width = std::min(group_columns, num_centers_ - first);
+    const T* group = packed_ + first * depth_;
+    double rest[group_columns] = {};
+    for (int64_t k = 0; k < depth_; k += 2) {
+      for (int64_t c = 0; c < width; ++c) {
+        uint32_t halves[2] = {};
+        for (int64_t side = 0; side < 2 && k + side < depth_; ++side) {
+          const float value = static_cast<float>(group[(k + side) * width + c]);
+          halves[side] = round_to_bfloat16(value);
+          const double off = value - from_bfloat16(halves[side]);
+          rest[c] += off * off;
+        }
+        *pair++ = halves[0] | halves[1] << 16;
+      }
+    }
+    largest_rest = std::max(largest_rest, *std::max_element(rest, rest + width));
+  }
+  task.pairs = pairs_;
+  task.largest_rest = static_cast<T>(std::sqrt(largest_rest) * up);
 }
 
 /// Brings counts and sums up to date with the labels. Threads share the
 /// coordinates out, so that every sum is made in the order of the points.
 template <typename T>
-void Kmeans<T>::update_sums(const int64_t* labels, bool from_scratch) {
+void Kmeans<T>::update_sums(int64_t* labels, bool from_scratch) {
   const auto& kernels = kmeans_kernels<T>();
   if (from_scratch) {
     std::fill_n(counts_, num_centers_, 0);
     std::fill_n(sums_, depth_ * num_centers_, 0.0);
-    for (int64_t i = 0; i < n_; ++i) {
-      ++counts_[labels[i]];
-    }
-  } else {
-    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-      uint64_t changes = moved_[tile];
-      for (; changes != 0; changes &= changes - 1) {
-        const int64_t i = tile * tile_points + __builtin_ctzll(changes);
-        --counts_[previous_[i]];
-        ++counts_[labels[i]];
-      }
-    }
   }
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / n_);
   torch::stable::parallel_for(
@@ -302,12 +401,26 @@ void Kmeans<T>::update_sums(const int64_t* labels, bool from_scratch) {
               last,
               n_,
               labels,
-              previous_,
               moved_,
               num_centers_,
               sums_);
         }
       });
+  for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+    uint64_t changes = moved_[tile];
+    for (; changes != 0; changes &= changes - 1) {
+      int64_t& label = labels[tile * tile_points + __builtin_ctzll(changes)];
+      const int64_t old = (label >> 32) - 1;
+      label &= 0xffffffff;
+      if (!from_scratch) {
+        --counts_[old];
+        ++counts_[label];
+      }
+    }
+  }
+  for (int64_t i = 0; from_scratch && i < n_; ++i) {
+    ++counts_[labels[i]];
+  }
 }
 
 /// Moves the centres to the means of their clusters and returns the sum of
@@ -315,6 +428,9 @@ void Kmeans<T>::update_sums(const int64_t* labels, bool from_scratch) {
 /// centre, as in scikit-learn; it stays where it is if all points are centres.
 template <typename T>
 double Kmeans<T>::move_centers(const int64_t* labels) {
+  if (!small_) {
+    std::copy_n(centers_, depth_ * num_centers_, before_);
+  }
   const double* sums = sums_;
   const int64_t* counts = counts_;
   std::vector<double> adjusted_sums;
@@ -330,16 +446,15 @@ double Kmeans<T>::move_centers(const int64_t* labels) {
         rows.begin() + num_empty,
         rows.end(),
         [&](int64_t a, int64_t b) {
-          return distances_[a] > distances_[b] ||
-              (distances_[a] == distances_[b] && a < b);
+          return slack_[a] > slack_[b] || (slack_[a] == slack_[b] && a < b);
         });
     auto row = rows.begin();
     for (int64_t c = 0; c < num_centers_; ++c) {
-      if (counts_[c] != 0 || !(distances_[*row] > 0)) {
+      if (counts_[c] != 0 || !(slack_[*row] > 0)) {
         continue;
       }
       const int64_t donor = labels[*row];
-      copy_point(*row, point_, 1);
+      copy_point(tiles_, *row, point_, 1);
       for (int64_t k = 0; k < depth_; ++k) {
         adjusted_sums[k * num_centers_ + donor] -= point_[k];
         adjusted_sums[k * num_centers_ + c] = point_[k];
@@ -366,13 +481,43 @@ double Kmeans<T>::move_centers(const int64_t* labels) {
       }
     }
   }
+  if (!small_) {
+    measure_drift();
+  }
   return shift;
 }
 
-/// Fills distances_ with the squared distance of each point to its centre;
-/// returns their sum.
+/// How much slack a point of each cluster loses: as much as its own centre
+/// moved, and as much as any other did.
+template <typename T>
+void Kmeans<T>::measure_drift() {
+  std::vector<double> distance(num_centers_);
+  int64_t farthest = 0;
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    double square = 0;
+    for (int64_t k = 0; k < depth_; ++k) {
+      const int64_t at = k * num_centers_ + c;
+      const double step = static_cast<double>(centers_[at]) - before_[at];
+      square += step * step;
+    }
+    distance[c] = std::sqrt(square);
+    farthest = distance[c] > distance[farthest] ? c : farthest;
+  }
+  double second = 0;
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    second = c == farthest ? second : std::max(second, distance[c]);
+  }
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    const double others = c == farthest ? second : distance[farthest];
+    drift_[c] = static_cast<T>((distance[c] + others) * (1 + 1e-6));
+  }
+}
+
+/// Fills slack_ with the squared distance of each point to its centre; returns
+/// their sum.
 template <typename T>
 double Kmeans<T>::own_distances(const int64_t* labels) {
+  has_slack_ = false;
   const auto& kernels = kmeans_kernels<T>();
   torch::stable::parallel_for(
       0, num_tiles_, grain(4), [&](int64_t begin, int64_t end) {
@@ -385,7 +530,7 @@ double Kmeans<T>::own_distances(const int64_t* labels) {
             centers_,
             num_centers_,
             labels,
-            distances_,
+            slack_,
             tile_sums_);
       });
   return std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0);

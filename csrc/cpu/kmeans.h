@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "arena.h"
+#include "simd/kmeans.h"
 
 namespace kdci {
 
@@ -38,7 +39,9 @@ class Kmeans {
 
   /// Chooses points as centres by k-means++ (Arthur & Vassilvitskii, SODA
   /// 2007), with uniforms [K, candidates]: of several candidates the one that
-  /// leaves the least potential is kept.
+  /// leaves the least potential is kept. Of many points a sample is looked at,
+  /// one from each of equally long stretches: the clusters that the iterations
+  /// end with are as good.
   void choose_centers(const double* uniforms);
 
   /// Lloyd's iterations until no label changes, or the squared shift of the
@@ -59,12 +62,14 @@ class Kmeans {
   }
 
  private:
-  void lower_nearest(int64_t row, int64_t candidates);
-  int64_t sample(double threshold, const T* chosen);
-  void copy_point(int64_t row, T* point, int64_t stride) const;
+  void take_sample();
+  int64_t draw(double threshold, const T* chosen);
+  void copy_point(const T* tiles, int64_t row, T* point, int64_t stride) const;
   void assign(int64_t* labels);
-  void update_sums(const int64_t* labels, bool from_scratch);
+  void prepare_products(Assignment<T>& task);
+  void update_sums(int64_t* labels, bool from_scratch);
   double move_centers(const int64_t* labels);
+  void measure_drift();
   double own_distances(const int64_t* labels);
   int64_t grain(int64_t columns) const;
 
@@ -73,19 +78,30 @@ class Kmeans {
   int64_t num_centers_;
   int64_t candidates_;
   int64_t num_tiles_;
+  // Small problems: where there is little to do exactness costs nothing, and
+  // clusters of a few points can be closer to each other than products resolve.
+  bool small_;
+  int64_t sample_size_;  // points to choose centres from
+  int64_t sample_tiles_; // tiles of these
 
   T* tiles_;            // [num_tiles, depth, 64]
+  T* sample_;           // [sample_tiles, depth, 64], or tiles_ itself
   T* centers_;          // [depth, K]
+  T* before_;           // [depth, K]: centres before the last move
   T* packed_;           // centres or candidates, packed
+  uint32_t* pairs_;     // centres in pairs of bfloat16, packed
   T* bias_;             // [K]
-  T* distances_;        // [num_tiles * 64]
+  T* drift_;            // [K]
+  bool has_slack_ = false;
+  // The slack of each point; or squared distances, of the sample's points to
+  // the chosen centres, or of all points to their own.
+  T* slack_;            // [num_tiles * 64]
   T* point_;            // [depth]
   T* candidate_points_; // [depth, candidates]
-  double* tile_sums_;   // [num_tiles, candidates]
-  double* cumulative_;  // [num_tiles]
+  double* tile_sums_;   // [sample_tiles, candidates], at least [num_tiles]
+  double* cumulative_;  // [sample_tiles]
   double* sums_;        // [depth, K]
   int64_t* counts_;     // [K]
-  int32_t* previous_;   // [n]
   uint64_t* moved_;     // [num_tiles]
 };
 

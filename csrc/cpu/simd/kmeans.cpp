@@ -75,88 +75,422 @@ void seed_tiles(
   }
 }
 
-/// The nearest of the packed columns for each point of a tile.
-template <bool exact, typename T, typename IndexLane>
-KDCI_INLINE void nearest_columns(
-    const T* points,
-    int64_t depth,
-    const T* columns,
-    const T* bias,
-    int64_t num_columns,
-    IndexLane* nearest) {
+// -- Assignment --------------------------------------------------------------
+
+/// The lowest and second lowest score of each point of a tile, and the column
+/// that has the lowest; of equal ones the first.
+template <typename T>
+struct Nearest {
+  T best[tile_points];
+  T second[tile_points];
+  decltype(Mask<T>{}[0] + 0) index[tile_points];
+};
+
+/// Finds them for scores that `score(group, column, i, block)` leaves in
+/// `block`, for the group's columns and the points from i on.
+template <typename T, typename Score>
+KDCI_INLINE void
+find_nearest(int64_t num_columns, Nearest<T>& nearest, Score score) {
   using Index = Mask<T>;
+  using IndexLane = decltype(Index{}[0] + 0);
   for (int64_t i = 0; i < tile_points; i += block_points<T>) {
     Vec<T> best[num_vectors];
+    Vec<T> second[num_vectors];
     Index index[num_vectors];
-    for (int64_t v = 0; v < num_vectors; ++v) {
-      best[v] = broadcast(static_cast<T>(__builtin_inf()));
+    for (int v = 0; v < num_vectors; ++v) {
+      best[v] = second[v] = broadcast(static_cast<T>(__builtin_inf()));
       index[v] = Index{};
     }
     for_groups(num_columns, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
       constexpr int width = decltype(group)::value;
       Block<T, width> block;
+      score(group, first, i, block);
 #pragma GCC unroll 6
       for (int c = 0; c < width; ++c) {
-        const Vec<T> start = exact ? Vec<T>{} : broadcast(bias[first + c]);
+        const Index column = static_cast<IndexLane>(first + c) - Index{};
 #pragma GCC unroll 4
-        for (int64_t v = 0; v < num_vectors; ++v) {
-          block[c][v] = start;
-        }
-      }
-      accumulate<exact, T, width, num_vectors>(
-          points + i, depth, columns + first * depth, block);
-#pragma GCC unroll 6
-      for (int c = 0; c < width; ++c) {
-        const Index center = static_cast<IndexLane>(first + c) - Index{};
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < num_vectors; ++v) {
-          const Index better = block[c][v] < best[v];
-          best[v] = better ? block[c][v] : best[v];
-          index[v] = better ? center : index[v];
+        for (int v = 0; v < num_vectors; ++v) {
+          const Vec<T> value = block[c][v];
+          const Index better = value < best[v];
+          const Vec<T> higher = value > best[v] ? value : best[v];
+          second[v] = higher < second[v] ? higher : second[v];
+          best[v] = value < best[v] ? value : best[v];
+          index[v] = better ? column : index[v];
         }
       }
     });
-    for (int64_t v = 0; v < num_vectors; ++v) {
+    for (int v = 0; v < num_vectors; ++v) {
+      const int64_t at = i + v * lanes<T>;
+      store(nearest.best + at, best[v]);
+      store(nearest.second + at, second[v]);
       for (int64_t j = 0; j < lanes<T>; ++j) {
-        nearest[i + v * lanes<T> + j] = index[v][j];
+        nearest.index[at + j] = index[v][j];
       }
     }
   }
 }
 
+/// A buffer of points taken out of their tiles: coordinate k of point i is
+/// points[k * pitch + i]. A whole tile and a vector more can be appended to
+/// one that is not full.
+constexpr int64_t pitch = 2 * tile_points + 16;
+
+template <typename T>
+struct Collected {
+  T* points; // [depth, pitch]
+  int64_t rows[2 * tile_points];
+  int64_t count = 0;
+};
+
+/// Copies the lanes of `from` [64] that are set in `chosen` to `to`; writes up
+/// to a vector more than these.
+template <typename T>
+KDCI_INLINE void compress(const T* from, uint64_t chosen, T* to) {
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+    const uint64_t mask = chosen >> i & ((uint64_t(1) << lanes<T>)-1);
+    if constexpr (sizeof(T) == 4) {
+      _mm512_storeu_ps(
+          to, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(from + i)));
+    } else {
+      _mm512_storeu_pd(
+          to, _mm512_maskz_compress_pd(mask, _mm512_loadu_pd(from + i)));
+    }
+    to += __builtin_popcountll(mask);
+  }
+#else
+  for (; chosen != 0; chosen &= chosen - 1) {
+    *to++ = from[__builtin_ctzll(chosen)];
+  }
+#endif
+}
+
+/// One pass over a range of tiles. Points that cannot have changed are left
+/// alone; the others are collected into full tiles and scored, in bfloat16
+/// where the processor has it. A point whose two best scores are closer than
+/// the rounding of that is scored once more in full.
+template <typename T>
+class AssignPass {
+ public:
+  AssignPass(const Assignment<T>& task, T* scratch) : task_(task) {
+    active_.points = scratch;
+    close_.points = scratch + task.depth * pitch;
+    pairs_ = reinterpret_cast<uint32_t*>(scratch + 2 * task.depth * pitch);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const T* points = task_.tiles + tile * task_.depth * tile_points;
+      const int64_t first = tile * tile_points;
+      const int64_t count = smaller(task_.n - first, tile_points);
+      task_.moved[tile] = 0;
+      const uint64_t active = task_.drift == nullptr
+          ? ~uint64_t(0) >> (tile_points - count)
+          : spend_slack(first, count);
+      if (__builtin_popcountll(active) >= count - tile_points / 8) {
+        int64_t rows[tile_points];
+        for (int64_t i = 0; i < tile_points; ++i) {
+          rows[i] = first + i;
+        }
+        settle(points, tile_points, rows, count);
+      } else if (active != 0) {
+        append(points, tile_points, first, active, active_);
+        if (active_.count >= tile_points) {
+          settle(active_.points, pitch, active_.rows, tile_points);
+          drop_tile(active_);
+        }
+      }
+    }
+    settle(active_.points, pitch, active_.rows, active_.count);
+    settle_exactly(close_.points, pitch, close_.rows, close_.count);
+  }
+
+ private:
+  static int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+  }
+
+  /// Takes the drift of the centres from the slack of a tile's points; returns
+  /// which have none left.
+  uint64_t spend_slack(int64_t first, int64_t count) {
+    T* slack = task_.slack + first;
+    const int64_t* labels = task_.labels + first;
+    T drift[tile_points] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      drift[i] = task_.drift[labels[i]];
+    }
+    for (int64_t i = 0; i < tile_points; ++i) {
+      slack[i] -= drift[i];
+    }
+    uint64_t active = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      active |= static_cast<uint64_t>(!(slack[i] > 0)) << i;
+    }
+    return active;
+  }
+
+  void append(
+      const T* points,
+      int64_t stride,
+      int64_t first,
+      uint64_t chosen,
+      Collected<T>& to) {
+    for (int64_t k = 0; k < task_.depth; ++k) {
+      compress(
+          points + k * stride, chosen, to.points + k * pitch + to.count);
+    }
+    for (; chosen != 0; chosen &= chosen - 1) {
+      to.rows[to.count++] = first + __builtin_ctzll(chosen);
+    }
+  }
+
+  /// Drops the first 64 points.
+  void drop_tile(Collected<T>& from) {
+    from.count -= tile_points;
+    for (int64_t k = 0; k < task_.depth; ++k) {
+      T* points = from.points + k * pitch;
+      for (int64_t i = 0; i < from.count; ++i) {
+        points[i] = points[tile_points + i];
+      }
+    }
+    for (int64_t i = 0; i < from.count; ++i) {
+      from.rows[i] = from.rows[tile_points + i];
+    }
+  }
+
+  void set_label(int64_t row, int64_t label) {
+    const int64_t old = task_.labels[row];
+    if (old != label) {
+      task_.labels[row] = label | (old + 1) << 32;
+      task_.moved[row / tile_points] |= uint64_t(1) << row % tile_points;
+    }
+  }
+
+  void settle(
+      const T* points,
+      int64_t stride,
+      const int64_t* rows,
+      int64_t count) {
+    if (count == 0) {
+      return;
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 4) {
+      if (task_.pairs != nullptr) {
+        settle_coarsely(points, stride, rows, count);
+        return;
+      }
+    }
+#endif
+    settle_exactly(points, stride, rows, count);
+  }
+
+  void settle_exactly(
+      const T* points,
+      int64_t stride,
+      const int64_t* rows,
+      int64_t count) {
+    if (count == 0) {
+      return;
+    }
+    const int64_t depth = task_.depth;
+    Nearest<T> nearest;
+    if (task_.bias == nullptr) {
+      find_nearest<T>(
+          task_.num_centers,
+          nearest,
+          [&](auto group, int64_t column, int64_t i, auto& block)
+              KDCI_ALWAYS_INLINE {
+                constexpr int width = decltype(group)::value;
+                start<width>(nullptr, block);
+                accumulate<true, T, width, num_vectors>(
+                    points + i,
+                    depth,
+                    task_.columns + column * depth,
+                    block,
+                    stride);
+              });
+      for (int64_t i = 0; i < count; ++i) {
+        set_label(rows[i], nearest.index[i]);
+      }
+      return;
+    }
+    find_nearest<T>(
+        task_.num_centers,
+        nearest,
+        [&](auto group, int64_t column, int64_t i, auto& block)
+            KDCI_ALWAYS_INLINE {
+              constexpr int width = decltype(group)::value;
+              start<width>(task_.bias + column, block);
+              accumulate<false, T, width, num_vectors>(
+                  points + i,
+                  depth,
+                  task_.columns + column * depth,
+                  block,
+                  stride);
+            });
+    T squares[tile_points] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t i = 0; i < tile_points; ++i) {
+        const T value = points[k * stride + i];
+        squares[i] += value * value;
+      }
+    }
+    T error[tile_points];
+    T slack[tile_points];
+    for (int64_t i = 0; i < tile_points; ++i) {
+      error[i] = rounding(squares[i]);
+    }
+    find_slack(nearest, squares, error, slack);
+    for (int64_t i = 0; i < count; ++i) {
+      set_label(rows[i], nearest.index[i]);
+      task_.slack[rows[i]] = slack[i];
+    }
+  }
+
+  template <int width>
+  static KDCI_INLINE void start(const T* bias, Block<T, width>& block) {
+#pragma GCC unroll 6
+    for (int c = 0; c < width; ++c) {
+      const Vec<T> value = bias == nullptr ? Vec<T>{} : broadcast(bias[c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < num_vectors; ++v) {
+        block[c][v] = value;
+      }
+    }
+  }
+
+  /// What a score of a point of that squared length can be off by: depth + 1
+  /// roundings of sums of at most |c|^2 / 2 + |x| |c| <= |c|^2 + |x|^2 / 2.
+  T rounding(T square) const {
+    const T unit = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53);
+    const T farthest = task_.largest_center * task_.largest_center;
+    return (task_.depth + 4) * unit * (square + farthest);
+  }
+
+  /// How much nearer, at least, the nearest centre is than any other. What
+  /// later passes subtract is rounded: hence the last factor.
+  static void find_slack(
+      const Nearest<T>& nearest,
+      const T* squares,
+      const T* error,
+      T* slack) {
+    for (int64_t i = 0; i < tile_points; ++i) {
+      const T near = squares[i] + 2 * (nearest.best[i] + 2 * error[i]);
+      const T far = squares[i] + 2 * (nearest.second[i] - 2 * error[i]);
+      slack[i] = (__builtin_sqrt(far > 0 ? far : 0) -
+                  __builtin_sqrt(near > 0 ? near : 0)) *
+          T(1 - 0x1p-14);
+    }
+  }
+
+#if defined(__AVX512BF16__)
+  void settle_coarsely(
+      const T* points,
+      int64_t stride,
+      const int64_t* rows,
+      int64_t count) {
+    const int64_t half = (task_.depth + 1) / 2;
+    T squares[tile_points] = {};
+    T rests[tile_points] = {};
+    round_to_pairs(points, stride, squares, rests);
+    Nearest<T> nearest;
+    find_nearest<T>(
+        task_.num_centers,
+        nearest,
+        [&](auto group, int64_t column, int64_t i, auto& block)
+            KDCI_ALWAYS_INLINE {
+              constexpr int width = decltype(group)::value;
+              start<width>(task_.bias + column, block);
+              accumulate_pairs<width, num_vectors>(
+                  pairs_ + i, half, task_.pairs + column * half, block);
+            });
+    // |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|
+    T error[tile_points];
+    T slack[tile_points];
+    for (int64_t i = 0; i < tile_points; ++i) {
+      const T rest = __builtin_sqrtf(rests[i]);
+      error[i] = rest * task_.largest_center +
+          (__builtin_sqrtf(squares[i]) + rest) * task_.largest_rest +
+          2 * rounding(squares[i]);
+    }
+    find_slack(nearest, squares, error, slack);
+    uint64_t close = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (nearest.second[i] - nearest.best[i] > 2 * error[i]) {
+        set_label(rows[i], nearest.index[i]);
+        task_.slack[rows[i]] = slack[i];
+      } else {
+        close |= uint64_t(1) << i;
+      }
+    }
+    if (close != 0) {
+      const int64_t before = close_.count;
+      append(points, stride, 0, close, close_);
+      for (int64_t i = before; i < close_.count; ++i) {
+        close_.rows[i] = rows[close_.rows[i]];
+      }
+      if (close_.count >= tile_points) {
+        settle_exactly(close_.points, pitch, close_.rows, tile_points);
+        drop_tile(close_);
+      }
+    }
+  }
+
+  /// Rounds a tile to pairs_, with the squared lengths of the points and of
+  /// what rounding took away.
+  void round_to_pairs(
+      const T* points,
+      int64_t stride,
+      T* squares,
+      T* rests) {
+    const int64_t depth = task_.depth;
+    for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+      Vec<T> square = {};
+      Vec<T> rest = {};
+      for (int64_t k = 0; k < depth; k += 2) {
+        const Vec<T> first = load(points + k * stride + i);
+        const Vec<T> second =
+            k + 1 < depth ? load(points + (k + 1) * stride + i) : Vec<T>{};
+        const __m512i pair = round_pair(first, second);
+        _mm512_storeu_si512(pairs_ + k / 2 * tile_points + i, pair);
+        const Vec<T> first_rest =
+            first - (Vec<T>)_mm512_slli_epi32(pair, 16);
+        const Vec<T> second_rest = second -
+            (Vec<T>)_mm512_and_si512(pair, _mm512_set1_epi32(-0x10000));
+        square += first * first;
+        square += second * second;
+        rest += first_rest * first_rest;
+        rest += second_rest * second_rest;
+      }
+      store(squares + i, square);
+      store(rests + i, rest);
+    }
+  }
+#endif
+
+  const Assignment<T>& task_;
+  Collected<T> active_; // have no slack
+  Collected<T> close_;  // have two centres that are nearly as near
+  uint32_t* pairs_;     // [depth / 2, 64]: bfloat16 coordinates 2k and 2k + 1
+};
+
+template <typename T>
+int64_t assign_scratch(int64_t depth) {
+  return depth * (2 * pitch + tile_points);
+}
+
 template <typename T>
 void assign_tiles(
-    const T* tiles,
-    int64_t depth,
+    const Assignment<T>& task,
     int64_t begin,
     int64_t end,
-    int64_t n,
-    const T* columns,
-    const T* bias,
-    int64_t num_centers,
-    int64_t* labels,
-    int32_t* previous,
-    uint64_t* moved) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const T* points = tiles + tile * depth * tile_points;
-    decltype(Mask<T>{}[0] + 0) nearest[tile_points];
-    if (bias == nullptr) {
-      nearest_columns<true>(points, depth, columns, bias, num_centers, nearest);
-    } else {
-      nearest_columns<false>(
-          points, depth, columns, bias, num_centers, nearest);
-    }
-    const int64_t start = tile * tile_points;
-    const int64_t count = n - start < tile_points ? n - start : tile_points;
-    uint64_t changes = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t old = labels[start + i];
-      changes |= static_cast<uint64_t>(old != nearest[i]) << i;
-      previous[start + i] = static_cast<int32_t>(old);
-      labels[start + i] = nearest[i];
-    }
-    moved[tile] = changes;
-  }
+    T* scratch) {
+  AssignPass<T>(task, scratch).run(begin, end);
+}
+
+constexpr int64_t new_label(int64_t label) {
+  return label & 0xffffffff;
 }
 
 template <typename T>
@@ -175,7 +509,7 @@ void add_points(
       const T* points = tiles + start * depth + k * tile_points;
       double* sum = sums + k * num_centers;
       for (int64_t i = 0; i < count; ++i) {
-        sum[labels[start + i]] += points[i];
+        sum[new_label(labels[start + i])] += points[i];
       }
     }
   }
@@ -189,7 +523,6 @@ void move_points(
     int64_t last,
     int64_t n,
     const int64_t* labels,
-    const int32_t* previous,
     const uint64_t* moved,
     int64_t num_centers,
     double* sums) {
@@ -198,8 +531,8 @@ void move_points(
     uint64_t changes = moved[start / tile_points];
     for (; changes != 0; changes &= changes - 1) {
       const int64_t i = __builtin_ctzll(changes);
-      double* from = sums + previous[start + i];
-      double* to = sums + labels[start + i];
+      double* from = sums + (labels[start + i] >> 32) - 1;
+      double* to = sums + new_label(labels[start + i]);
       for (int64_t k = first; k < last; ++k) {
         const double value = points[k * tile_points + i];
         from[k * num_centers] -= value;
@@ -248,6 +581,7 @@ template <typename T>
 constexpr KmeansKernels<T> table = {
     square_sum<T>,
     seed_tiles<T>,
+    assign_scratch<T>,
     assign_tiles<T>,
     add_points<T>,
     move_points<T>,

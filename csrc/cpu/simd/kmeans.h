@@ -10,6 +10,34 @@
 
 namespace kdci {
 
+/// A pass of assignment, over all tiles.
+///
+/// The slack of a point is a lower bound of how much nearer its own centre is
+/// than any other. Centres that move use it up (Hamerly, SDM 2010); a point
+/// that has some left keeps its label unseen.
+template <typename T>
+struct Assignment {
+  const T* tiles; // [num_tiles, depth, 64]
+  int64_t n;
+  int64_t depth;
+  int64_t num_centers;
+  // Where `bias` is null, the columns are the centres c, squared differences
+  // are compared, and there is no slack. Else the columns are -c and
+  // |c|^2 / 2 - x.c is compared, in half the time but blind to differences
+  // that the rounding of products hides.
+  const T* columns;       // packed
+  const T* bias;          // [K]: |c|^2 / 2
+  const uint32_t* pairs;  // packed pairs of bfloat16 (see pack_pairs) or null
+  T largest_center;       // |c| at most
+  T largest_rest;         // |c - bfloat16(c)| at most
+  const T* drift;         // [K]: of a point's slack, by label; null at first
+  T* slack;               // [num_tiles * 64]
+  // The label of a point that moves becomes new | (old + 1) << 32, and bit i
+  // of its tile's `moved` is set.
+  int64_t* labels;        // [n]
+  uint64_t* moved;        // [num_tiles]
+};
+
 template <typename T>
 struct KmeansKernels {
   /// Sum of the squares of a tile's values.
@@ -31,24 +59,15 @@ struct KmeansKernels {
       int64_t candidates,
       double* sums);
 
-  /// Assigns the points of tiles [begin, end) to their nearest centres (ties:
-  /// the lowest index). Where `bias` is null the columns are the centres;
-  /// else they are -c and bias = |c|^2 / 2, and bias - x.c is compared, in half
-  /// the time but blind to differences that rounding of the products hides.
-  /// Old labels go to `previous`; bit i of moved[tile] says that point i
-  /// changed.
+  /// Assigns the points of tiles [begin, end) to their nearest centres; ties
+  /// go to the lowest index. `scratch` has room for assign_scratch(depth)
+  /// values.
+  int64_t (*assign_scratch)(int64_t depth);
   void (*assign_tiles)(
-      const T* tiles,
-      int64_t depth,
+      const Assignment<T>& task,
       int64_t begin,
       int64_t end,
-      int64_t n,
-      const T* columns,
-      const T* bias,
-      int64_t num_centers,
-      int64_t* labels,
-      int32_t* previous,
-      uint64_t* moved);
+      T* scratch);
 
   /// Adds coordinates [first, last) of all n points to sums [depth, K] of
   /// their clusters.
@@ -71,7 +90,6 @@ struct KmeansKernels {
       int64_t last,
       int64_t n,
       const int64_t* labels,
-      const int32_t* previous,
       const uint64_t* moved,
       int64_t num_centers,
       double* sums);
