@@ -29,7 +29,7 @@ def build_info() -> dict[str, str]:
         A dictionary of strings: ``version``, ``compiler``, ``torch_target`` (the oldest PyTorch
         the binary serves), ``torch_headers`` (what it was compiled against), ``cuda`` (toolkit
         version, empty without), ``cuda_archs``, ``build_type``, ``sanitizers``, and ``simd``
-        (the instruction set in use on this processor: baseline, avx2 or avx512).
+        (the instruction set in use on this processor: baseline, avx2, avx512 or avx512vnni).
 
     Raises:
         RuntimeError: If the native library could not be loaded; the message says why.

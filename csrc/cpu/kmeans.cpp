@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -43,20 +42,6 @@ int64_t sampled_point(int64_t i, int64_t size, int64_t n) {
   const uint64_t length = (i + 1) * n / size - begin;
   const uint32_t scrambled = static_cast<uint32_t>(i) * 2654435769U;
   return begin + static_cast<int64_t>(scrambled * length >> 32);
-}
-
-/// The nearest bfloat16, as a float's upper half.
-uint32_t round_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-float from_bfloat16(uint32_t half) {
-  const uint32_t bits = half << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
 }
 
 } // namespace
@@ -345,37 +330,32 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
     bias_[c] = static_cast<T>(square / 2);
     largest = std::max(largest, square);
   }
-  // Upper bounds must stay upper bounds as T.
-  const double up = 1 + 1e-6;
-  task.largest_center = static_cast<T>(std::sqrt(largest) * up);
+  // An upper bound must stay one as a T.
+  task.largest_center = static_cast<T>(std::sqrt(largest) * (1 + 1e-6));
   for (int64_t i = 0; i < depth_ * num_centers_; ++i) {
     packed_[i] = -packed_[i];
   }
-  if (sizeof(T) > 4 || simd_level() != SimdLevel::avx512bf16) {
+  if (sizeof(T) > 4 || simd_level() != SimdLevel::avx512vnni ||
+      !(task.largest_center > std::numeric_limits<float>::min())) {
     return;
   }
+  task.pairs = pairs_;
+  task.pair_scale = 32000 / static_cast<float>(task.largest_center);
+  const auto rounded = [&](T value) {
+    return static_cast<uint16_t>(std::lrint(value * task.pair_scale));
+  };
   uint32_t* pair = pairs_;
-  double largest_rest = 0;
   for (int64_t first = 0; first < num_centers_; first += group_columns) {
     const int64_t width = std::min(group_columns, num_centers_ - first);
     const T* group = packed_ + first * depth_;
-    double rest[group_columns] = {};
     for (int64_t k = 0; k < depth_; k += 2) {
       for (int64_t c = 0; c < width; ++c) {
-        uint32_t halves[2] = {};
-        for (int64_t side = 0; side < 2 && k + side < depth_; ++side) {
-          const float value = static_cast<float>(group[(k + side) * width + c]);
-          halves[side] = round_to_bfloat16(value);
-          const double off = value - from_bfloat16(halves[side]);
-          rest[c] += off * off;
-        }
-        *pair++ = halves[0] | halves[1] << 16;
+        const T* value = group + k * width + c;
+        const uint32_t odd = k + 1 < depth_ ? rounded(value[width]) : 0;
+        *pair++ = rounded(*value) | odd << 16;
       }
     }
-    largest_rest = std::max(largest_rest, *std::max_element(rest, rest + width));
   }
-  task.pairs = pairs_;
-  task.largest_rest = static_cast<T>(std::sqrt(largest_rest) * up);
 }
 
 /// Brings counts and sums up to date with the labels. Threads share the

@@ -89,7 +89,7 @@ class Kmeans {
   T* centers_;          // [depth, K]
   T* before_;           // [depth, K]: centres before the last move
   T* packed_;           // centres or candidates, packed
-  uint32_t* pairs_;     // centres in pairs of bfloat16, packed
+  uint32_t* pairs_;     // centres as 16-bit integers, packed in pairs
   T* bias_;             // [K]
   T* drift_;            // [K]
   bool has_slack_ = false;

@@ -79,53 +79,54 @@ void seed_tiles(
 
 /// The lowest and second lowest score of each point of a tile, and the column
 /// that has the lowest; of equal ones the first.
-template <typename T>
+template <typename Score, typename Index>
 struct Nearest {
-  T best[tile_points];
-  T second[tile_points];
-  decltype(Mask<T>{}[0] + 0) index[tile_points];
+  Score best[tile_points];
+  Score second[tile_points];
+  Index index[tile_points];
 };
+
+template <typename T>
+using NearestOf = Nearest<T, decltype(Mask<T>{}[0] + 0)>;
 
 /// Finds them for scores that `score(group, column, i, block)` leaves in
 /// `block`, for the group's columns and the points from i on.
-template <typename T, typename Score>
-KDCI_INLINE void
-find_nearest(int64_t num_columns, Nearest<T>& nearest, Score score) {
-  using Index = Mask<T>;
-  using IndexLane = decltype(Index{}[0] + 0);
-  for (int64_t i = 0; i < tile_points; i += block_points<T>) {
-    Vec<T> best[num_vectors];
-    Vec<T> second[num_vectors];
-    Index index[num_vectors];
+template <typename Score, typename Index, typename Compute>
+KDCI_INLINE void find_nearest(
+    int64_t num_columns,
+    Score worst,
+    Nearest<Score, Index>& nearest,
+    Compute score) {
+  for (int64_t i = 0; i < tile_points; i += block_points<Score>) {
+    Vec<Score> best[num_vectors];
+    Vec<Score> second[num_vectors];
+    Vec<Index> index[num_vectors];
     for (int v = 0; v < num_vectors; ++v) {
-      best[v] = second[v] = broadcast(static_cast<T>(__builtin_inf()));
-      index[v] = Index{};
+      best[v] = second[v] = broadcast(worst);
+      index[v] = Vec<Index>{};
     }
     for_groups(num_columns, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
       constexpr int width = decltype(group)::value;
-      Block<T, width> block;
+      Block<Score, width> block;
       score(group, first, i, block);
 #pragma GCC unroll 6
       for (int c = 0; c < width; ++c) {
-        const Index column = static_cast<IndexLane>(first + c) - Index{};
+        const Vec<Index> column = static_cast<Index>(first + c) - Vec<Index>{};
 #pragma GCC unroll 4
         for (int v = 0; v < num_vectors; ++v) {
-          const Vec<T> value = block[c][v];
-          const Index better = value < best[v];
-          const Vec<T> higher = value > best[v] ? value : best[v];
-          second[v] = higher < second[v] ? higher : second[v];
+          const Vec<Score> value = block[c][v];
+          const Vec<Score> higher = value > best[v] ? value : best[v];
+          index[v] = value < best[v] ? column : index[v];
           best[v] = value < best[v] ? value : best[v];
-          index[v] = better ? column : index[v];
+          second[v] = higher < second[v] ? higher : second[v];
         }
       }
     });
     for (int v = 0; v < num_vectors; ++v) {
-      const int64_t at = i + v * lanes<T>;
+      const int64_t at = i + v * lanes<Score>;
       store(nearest.best + at, best[v]);
       store(nearest.second + at, second[v]);
-      for (int64_t j = 0; j < lanes<T>; ++j) {
-        nearest.index[at + j] = index[v][j];
-      }
+      store(nearest.index + at, index[v]);
     }
   }
 }
@@ -166,9 +167,9 @@ KDCI_INLINE void compress(const T* from, uint64_t chosen, T* to) {
 }
 
 /// One pass over a range of tiles. Points that cannot have changed are left
-/// alone; the others are collected into full tiles and scored, in bfloat16
-/// where the processor has it. A point whose two best scores are closer than
-/// the rounding of that is scored once more in full.
+/// alone; the others are collected into full tiles and scored, in 16-bit
+/// integers where the processor has products of these. A point whose two best
+/// scores are closer than the rounding of that is scored once more in full.
 template <typename T>
 class AssignPass {
  public:
@@ -274,7 +275,7 @@ class AssignPass {
     if (count == 0) {
       return;
     }
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
     if constexpr (sizeof(T) == 4) {
       if (task_.pairs != nullptr) {
         settle_coarsely(points, stride, rows, count);
@@ -294,10 +295,12 @@ class AssignPass {
       return;
     }
     const int64_t depth = task_.depth;
-    Nearest<T> nearest;
+    const T worst = static_cast<T>(__builtin_inf());
+    NearestOf<T> nearest;
     if (task_.bias == nullptr) {
-      find_nearest<T>(
+      find_nearest(
           task_.num_centers,
+          worst,
           nearest,
           [&](auto group, int64_t column, int64_t i, auto& block)
               KDCI_ALWAYS_INLINE {
@@ -315,8 +318,9 @@ class AssignPass {
       }
       return;
     }
-    find_nearest<T>(
+    find_nearest(
         task_.num_centers,
+        worst,
         nearest,
         [&](auto group, int64_t column, int64_t i, auto& block)
             KDCI_ALWAYS_INLINE {
@@ -336,15 +340,14 @@ class AssignPass {
         squares[i] += value * value;
       }
     }
-    T error[tile_points];
-    T slack[tile_points];
     for (int64_t i = 0; i < tile_points; ++i) {
-      error[i] = rounding(squares[i]);
+      const T error = rounding(squares[i]);
+      squares[i] = slack_between(
+          squares[i], nearest.best[i] + error, nearest.second[i] - error);
     }
-    find_slack(nearest, squares, error, slack);
     for (int64_t i = 0; i < count; ++i) {
       set_label(rows[i], nearest.index[i]);
-      task_.slack[rows[i]] = slack[i];
+      task_.slack[rows[i]] = squares[i];
     }
   }
 
@@ -368,56 +371,67 @@ class AssignPass {
     return (task_.depth + 4) * unit * (square + farthest);
   }
 
-  /// How much nearer, at least, the nearest centre is than any other. What
-  /// later passes subtract is rounded: hence the last factor.
-  static void find_slack(
-      const Nearest<T>& nearest,
-      const T* squares,
-      const T* error,
-      T* slack) {
-    for (int64_t i = 0; i < tile_points; ++i) {
-      const T near = squares[i] + 2 * (nearest.best[i] + 2 * error[i]);
-      const T far = squares[i] + 2 * (nearest.second[i] - 2 * error[i]);
-      slack[i] = (__builtin_sqrt(far > 0 ? far : 0) -
-                  __builtin_sqrt(near > 0 ? near : 0)) *
-          T(1 - 0x1p-14);
-    }
+  /// How much farther the second nearest centre is than the nearest, given
+  /// bounds on their scores. What later passes subtract is rounded: hence the
+  /// factor.
+  static T slack_between(T square, T best, T second) {
+    const T near = square + 2 * best;
+    const T far = square + 2 * second;
+    return (__builtin_sqrt(far > 0 ? far : 0) -
+            __builtin_sqrt(near > 0 ? near : 0)) *
+        T(1 - 0x1p-14);
   }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
   void settle_coarsely(
-      const T* points,
+      const float* points,
       int64_t stride,
       const int64_t* rows,
       int64_t count) {
     const int64_t half = (task_.depth + 1) / 2;
-    T squares[tile_points] = {};
-    T rests[tile_points] = {};
-    round_to_pairs(points, stride, squares, rests);
-    Nearest<T> nearest;
-    find_nearest<T>(
+    float squares[tile_points];
+    const float point_scale = round_to_pairs(points, stride, squares);
+    const float scale = point_scale * task_.pair_scale;
+    NearestOf<int32_t> nearest;
+    find_nearest(
         task_.num_centers,
+        INT32_MAX,
         nearest,
         [&](auto group, int64_t column, int64_t i, auto& block)
             KDCI_ALWAYS_INLINE {
               constexpr int width = decltype(group)::value;
-              start<width>(task_.bias + column, block);
+#pragma GCC unroll 6
+              for (int c = 0; c < width; ++c) {
+                const __m512i bias = _mm512_cvtps_epi32(
+                    _mm512_set1_ps(task_.bias[column + c] * scale));
+#pragma GCC unroll 4
+                for (int v = 0; v < num_vectors; ++v) {
+                  block[c][v] = (Vec<int32_t>)bias;
+                }
+              }
               accumulate_pairs<width, num_vectors>(
                   pairs_ + i, half, task_.pairs + column * half, block);
             });
-    // |x c - x' c'| <= |x - x'| |c| + |x'| |c - c'|
-    T error[tile_points];
-    T slack[tile_points];
+    // Each of the depth products is off by at most half of each factor.
+    const float root = __builtin_sqrtf(task_.depth) / 2;
+    const float center_error =
+        root * (task_.largest_center * task_.pair_scale + 2 * root) + 4;
+    float error[tile_points];
+    float slack[tile_points];
     for (int64_t i = 0; i < tile_points; ++i) {
-      const T rest = __builtin_sqrtf(rests[i]);
-      error[i] = rest * task_.largest_center +
-          (__builtin_sqrtf(squares[i]) + rest) * task_.largest_rest +
-          2 * rounding(squares[i]);
+      error[i] = center_error + root * __builtin_sqrtf(squares[i]) * point_scale;
+      const float off = error[i] / scale + rounding(squares[i]);
+      slack[i] = slack_between(
+          squares[i],
+          nearest.best[i] / scale + off,
+          nearest.second[i] / scale - off);
+      error[i] += rounding(squares[i]) * scale;
     }
-    find_slack(nearest, squares, error, slack);
     uint64_t close = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (nearest.second[i] - nearest.best[i] > 2 * error[i]) {
+      const float gap =
+          static_cast<float>(nearest.second[i]) - static_cast<float>(nearest.best[i]);
+      if (gap > 2 * error[i]) {
         set_label(rows[i], nearest.index[i]);
         task_.slack[rows[i]] = slack[i];
       } else {
@@ -437,42 +451,52 @@ class AssignPass {
     }
   }
 
-  /// Rounds a tile to pairs_, with the squared lengths of the points and of
-  /// what rounding took away.
-  void round_to_pairs(
-      const T* points,
-      int64_t stride,
-      T* squares,
-      T* rests) {
+  /// Rounds a tile to pairs_ and finds the squared lengths of its points;
+  /// returns what the integers were scaled by. No length, and hence no product
+  /// with a centre, exceeds 2^15 or 2^30; nor does the bias of a centre, as the
+  /// scale is not larger than that of the centres.
+  float round_to_pairs(const float* points, int64_t stride, float* squares) {
     const int64_t depth = task_.depth;
-    for (int64_t i = 0; i < tile_points; i += lanes<T>) {
-      Vec<T> square = {};
-      Vec<T> rest = {};
-      for (int64_t k = 0; k < depth; k += 2) {
-        const Vec<T> first = load(points + k * stride + i);
-        const Vec<T> second =
-            k + 1 < depth ? load(points + (k + 1) * stride + i) : Vec<T>{};
-        const __m512i pair = round_pair(first, second);
-        _mm512_storeu_si512(pairs_ + k / 2 * tile_points + i, pair);
-        const Vec<T> first_rest =
-            first - (Vec<T>)_mm512_slli_epi32(pair, 16);
-        const Vec<T> second_rest = second -
-            (Vec<T>)_mm512_and_si512(pair, _mm512_set1_epi32(-0x10000));
-        square += first * first;
-        square += second * second;
-        rest += first_rest * first_rest;
-        rest += second_rest * second_rest;
+    float largest = task_.largest_center;
+    for (int64_t i = 0; i < tile_points; i += lanes<float>) {
+      Vec<float> square = {};
+      for (int64_t k = 0; k < depth; ++k) {
+        const Vec<float> value = load(points + k * stride + i);
+        square += value * value;
       }
       store(squares + i, square);
-      store(rests + i, rest);
     }
+    float largest_square = 0;
+    for (int64_t i = 0; i < tile_points; ++i) {
+      largest_square = squares[i] > largest_square ? squares[i] : largest_square;
+    }
+    const float length = __builtin_sqrtf(largest_square);
+    largest = length > largest ? length : largest;
+    const float scale = 32000 / largest;
+    const __m512 scales = _mm512_set1_ps(scale);
+    const __m512i low = _mm512_set1_epi32(0xffff);
+    for (int64_t k = 0; k < depth; k += 2) {
+      for (int64_t i = 0; i < tile_points; i += lanes<float>) {
+        const __m512i first = _mm512_cvtps_epi32(
+            _mm512_mul_ps(_mm512_loadu_ps(points + k * stride + i), scales));
+        const __m512i second = k + 1 < depth
+            ? _mm512_cvtps_epi32(_mm512_mul_ps(
+                  _mm512_loadu_ps(points + (k + 1) * stride + i), scales))
+            : _mm512_setzero_si512();
+        _mm512_storeu_si512(
+            pairs_ + k / 2 * tile_points + i,
+            _mm512_or_si512(
+                _mm512_and_si512(first, low), _mm512_slli_epi32(second, 16)));
+      }
+    }
+    return scale;
   }
 #endif
 
   const Assignment<T>& task_;
   Collected<T> active_; // have no slack
   Collected<T> close_;  // have two centres that are nearly as near
-  uint32_t* pairs_;     // [depth / 2, 64]: bfloat16 coordinates 2k and 2k + 1
+  uint32_t* pairs_;     // [depth / 2, 64]: coordinates 2k and 2k + 1
 };
 
 template <typename T>

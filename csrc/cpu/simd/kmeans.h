@@ -27,9 +27,11 @@ struct Assignment {
   // that the rounding of products hides.
   const T* columns;       // packed
   const T* bias;          // [K]: |c|^2 / 2
-  const uint32_t* pairs;  // packed pairs of bfloat16 (see pack_pairs) or null
-  T largest_center;       // |c| at most
-  T largest_rest;         // |c - bfloat16(c)| at most
+  // Or null: -c * pair_scale rounded to 16-bit integers, packed in pairs of
+  // coordinates 2k, 2k + 1; lengths are at most 2^15 then.
+  const uint32_t* pairs; // [(depth + 1) / 2, K]
+  float pair_scale;
+  T largest_center; // |c| at most
   const T* drift;         // [K]: of a point's slack, by label; null at first
   T* slack;               // [num_tiles * 64]
   // The label of a point that moves becomes new | (old + 1) << 32, and bit i

@@ -11,7 +11,7 @@ namespace {
 SimdLevel supported_level() {
 #if defined(KDCI_SIMD_X86)
   if (__builtin_cpu_supports("x86-64-v4")) {
-    return __builtin_cpu_supports("avx512bf16") ? SimdLevel::avx512bf16
+    return __builtin_cpu_supports("avx512vnni") ? SimdLevel::avx512vnni
                                                 : SimdLevel::avx512;
   }
   if (__builtin_cpu_supports("x86-64-v3")) {
@@ -45,8 +45,8 @@ SimdLevel simd_level() {
 
 const char* simd_level_name(SimdLevel level) {
   switch (level) {
-    case SimdLevel::avx512bf16:
-      return "avx512bf16";
+    case SimdLevel::avx512vnni:
+      return "avx512vnni";
     case SimdLevel::avx512:
       return "avx512";
     case SimdLevel::avx2:

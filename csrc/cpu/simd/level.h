@@ -11,11 +11,11 @@
 
 namespace kdci {
 
-/// avx512bf16 adds products of bfloat16 pairs.
-enum class SimdLevel { baseline, avx2, avx512, avx512bf16 };
+/// avx512vnni adds products of 16-bit integers, twice as many as of floats.
+enum class SimdLevel { baseline, avx2, avx512, avx512vnni };
 
 /// The best level this processor has; the environment variable
-/// KDCI_SIMD=baseline|avx2|avx512|avx512bf16, read once, lowers it (for tests).
+/// KDCI_SIMD=baseline|avx2|avx512|avx512vnni, read once, lowers it (for tests).
 SimdLevel simd_level();
 
 /// The level's name, for people.
@@ -36,13 +36,13 @@ const char* simd_level_name(SimdLevel level);
   namespace avx512 {                        \
   extern const Table name;                  \
   }                                         \
-  namespace avx512bf16 {                    \
+  namespace avx512vnni {                    \
   extern const Table name;                  \
   }                                         \
   static inline const Table& name() {       \
     switch (simd_level()) {                 \
-      case SimdLevel::avx512bf16:           \
-        return avx512bf16::name;            \
+      case SimdLevel::avx512vnni:           \
+        return avx512vnni::name;            \
       case SimdLevel::avx512:               \
         return avx512::name;                \
       case SimdLevel::avx2:                 \

@@ -63,42 +63,29 @@ KDCI_INLINE void accumulate(
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
 
-/// Rounds two vectors to bfloat16: one lane holds a pair, the first value low.
-KDCI_INLINE __m512i round_pair(Vec<float> first, Vec<float> second) {
-  const __m512i both =
-      (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-  // Words 0..15 are the first values, 16..31 the second ones.
-  const __m512i order = _mm512_add_epi32(
-      _mm512_set1_epi32(0x00100000),
-      _mm512_mullo_epi32(
-          _mm512_set1_epi32(0x00010001),
-          _mm512_set_epi32(
-              15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
-  return _mm512_permutexvar_epi16(order, both);
-}
-
-/// block += columns [half][width] . points [half][64], both pairs.
+/// block += columns [half][width] . points [half][64], both of pairs of 16-bit
+/// integers.
 template <int width, int vectors>
 KDCI_INLINE void accumulate_pairs(
     const uint32_t* points,
     int64_t half,
     const uint32_t* columns,
-    Block<float, width, vectors>& block) {
+    Block<int32_t, width, vectors>& block) {
   for (int64_t k = 0; k < half; ++k) {
-    __m512bh point[vectors];
+    __m512i point[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      point[v] = (__m512bh)_mm512_loadu_si512(points + v * lanes<float>);
+      point[v] = _mm512_loadu_si512(points + v * lanes<float>);
     }
 #pragma GCC unroll 6
     for (int c = 0; c < width; ++c) {
-      const __m512bh column = (__m512bh)_mm512_set1_epi32(columns[c]);
+      const __m512i column = _mm512_set1_epi32(columns[c]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        block[c][v] = (Vec<float>)_mm512_dpbf16_ps(
-            (__m512)block[c][v], point[v], column);
+        block[c][v] = (Vec<int32_t>)_mm512_dpwssd_epi32(
+            (__m512i)block[c][v], point[v], column);
       }
     }
     points += tile_points;

@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #if !defined(KDCI_SIMD)
-#error "compile with -DKDCI_SIMD=baseline|avx2|avx512|avx512bf16"
+#error "compile with -DKDCI_SIMD=baseline|avx2|avx512|avx512vnni"
 #endif
 
 namespace kdci::KDCI_SIMD {
