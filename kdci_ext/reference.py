@@ -68,7 +68,8 @@ def confounder_dictionary(
         basis = torch.linalg.eigh(covariance).eigenvectors[:, -num_components:].to(dtype)
         points = points @ basis
     if initial_prototypes is None:
-        centers = points[_plus_plus(points, uniforms)]
+        sample = points[_sample(n, num_prototypes).to(points.device)]
+        centers = sample[_plus_plus(sample, uniforms)]
     else:
         shifted = torch.ldexp(initial_prototypes.double() - scaled_mean, -exponent).to(dtype)
         centers = shifted if basis is None else shifted @ basis
@@ -93,6 +94,19 @@ def _squared_distances(points: Tensor, centers: Tensor) -> Tensor:
     return torch.stack(
         [(points.double() - center.double()).square().sum(1) for center in centers], 1
     )
+
+
+def _sample(n: int, num_prototypes: int) -> Tensor:
+    """Return the rows that k-means++ looks at: all, or of many one of each equal stretch."""
+    size = max(8192, 64 * num_prototypes)
+    if n < 2 * size:
+        return torch.arange(n)
+    index = torch.arange(size)
+    begin = index * n // size
+    length = (index + 1) * n // size - begin
+    # Scrambled within the stretch, lest the sample resonates with an order of the rows.
+    scrambled = index * 2654435769 & 0xFFFFFFFF
+    return begin + (scrambled * length >> 32)
 
 
 def _plus_plus(points: Tensor, uniforms: Tensor) -> Tensor:

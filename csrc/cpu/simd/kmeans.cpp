@@ -143,25 +143,47 @@ struct Collected {
   int64_t count = 0;
 };
 
-/// Copies the lanes of `from` [64] that are set in `chosen` to `to`; writes up
-/// to a vector more than these.
+/// Appends the points that are set in `chosen` of a tile or buffer whose
+/// coordinates are `stride` apart.
 template <typename T>
-KDCI_INLINE void compress(const T* from, uint64_t chosen, T* to) {
+KDCI_INLINE void append_points(
+    const T* points,
+    int64_t stride,
+    int64_t depth,
+    uint64_t chosen,
+    T* to) {
 #if defined(__AVX512F__)
-  for (int64_t i = 0; i < tile_points; i += lanes<T>) {
-    const uint64_t mask = chosen >> i & ((uint64_t(1) << lanes<T>)-1);
-    if constexpr (sizeof(T) == 4) {
-      _mm512_storeu_ps(
-          to, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(from + i)));
-    } else {
-      _mm512_storeu_pd(
-          to, _mm512_maskz_compress_pd(mask, _mm512_loadu_pd(from + i)));
+  // Every vector is written whole, and what is too much overwritten by the
+  // next one.
+  constexpr int parts = tile_points / lanes<T>;
+  uint64_t mask[parts];
+  T* start[parts];
+  for (int v = 0; v < parts; ++v) {
+    mask[v] = chosen >> (v * lanes<T>)&((uint64_t(1) << lanes<T>)-1);
+    start[v] = to;
+    to += __builtin_popcountll(mask[v]);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < parts; ++v) {
+      const T* from = points + k * stride + v * lanes<T>;
+      T* target = start[v] + k * pitch;
+      if constexpr (sizeof(T) == 4) {
+        _mm512_storeu_ps(
+            target, _mm512_maskz_compress_ps(mask[v], _mm512_loadu_ps(from)));
+      } else {
+        _mm512_storeu_pd(
+            target, _mm512_maskz_compress_pd(mask[v], _mm512_loadu_pd(from)));
+      }
     }
-    to += __builtin_popcountll(mask);
   }
 #else
   for (; chosen != 0; chosen &= chosen - 1) {
-    *to++ = from[__builtin_ctzll(chosen)];
+    const int64_t i = __builtin_ctzll(chosen);
+    for (int64_t k = 0; k < depth; ++k) {
+      to[k * pitch] = points[k * stride + i];
+    }
+    ++to;
   }
 #endif
 }
@@ -236,13 +258,13 @@ class AssignPass {
       int64_t first,
       uint64_t chosen,
       Collected<T>& to) {
-    for (int64_t k = 0; k < task_.depth; ++k) {
-      compress(
-          points + k * stride, chosen, to.points + k * pitch + to.count);
-    }
+    append_points(
+        points, stride, task_.depth, chosen, to.points + to.count);
+    int64_t count = to.count;
     for (; chosen != 0; chosen &= chosen - 1) {
-      to.rows[to.count++] = first + __builtin_ctzll(chosen);
+      to.rows[count++] = first + __builtin_ctzll(chosen);
     }
+    to.count = count;
   }
 
   /// Drops the first 64 points.
@@ -377,9 +399,16 @@ class AssignPass {
   static T slack_between(T square, T best, T second) {
     const T near = square + 2 * best;
     const T far = square + 2 * second;
-    return (__builtin_sqrt(far > 0 ? far : 0) -
-            __builtin_sqrt(near > 0 ? near : 0)) *
+    return (root(far > 0 ? far : 0) - root(near > 0 ? near : 0)) *
         T(1 - 0x1p-14);
+  }
+
+  static float root(float value) {
+    return __builtin_sqrtf(value);
+  }
+
+  static double root(double value) {
+    return __builtin_sqrt(value);
   }
 
 #if defined(__AVX512VNNI__)
@@ -413,29 +442,33 @@ class AssignPass {
                   pairs_ + i, half, task_.pairs + column * half, block);
             });
     // Each of the depth products is off by at most half of each factor.
-    const float root = __builtin_sqrtf(task_.depth) / 2;
-    const float center_error =
-        root * (task_.largest_center * task_.pair_scale + 2 * root) + 4;
-    float error[tile_points];
+    const float half_root = root(static_cast<float>(task_.depth)) / 2;
+    const float center_error = half_root *
+            (task_.largest_center * task_.pair_scale + 2 * half_root) +
+        128;
     float slack[tile_points];
+    float certain[tile_points]; // if positive
+    const float unit = 1 / scale;
     for (int64_t i = 0; i < tile_points; ++i) {
-      error[i] = center_error + root * __builtin_sqrtf(squares[i]) * point_scale;
-      const float off = error[i] / scale + rounding(squares[i]);
-      slack[i] = slack_between(
-          squares[i],
-          nearest.best[i] / scale + off,
-          nearest.second[i] / scale - off);
-      error[i] += rounding(squares[i]) * scale;
+      const float error =
+          (center_error + half_root * root(squares[i]) * point_scale) * unit +
+          rounding(squares[i]);
+      const float best = static_cast<float>(nearest.best[i]) * unit;
+      const float second = static_cast<float>(nearest.second[i]) * unit;
+      slack[i] = slack_between(squares[i], best + error, second - error);
+      certain[i] = second - best - 2 * error;
     }
     uint64_t close = 0;
+    for (int64_t i = 0; i < tile_points; i += lanes<float>) {
+      const uint64_t mask = _mm512_cmp_ps_mask(
+          _mm512_loadu_ps(certain + i), _mm512_setzero_ps(), _CMP_NGT_UQ);
+      close |= mask << i;
+    }
+    close &= ~uint64_t(0) >> (tile_points - count);
     for (int64_t i = 0; i < count; ++i) {
-      const float gap =
-          static_cast<float>(nearest.second[i]) - static_cast<float>(nearest.best[i]);
-      if (gap > 2 * error[i]) {
+      if ((close >> i & 1) == 0) {
         set_label(rows[i], nearest.index[i]);
         task_.slack[rows[i]] = slack[i];
-      } else {
-        close |= uint64_t(1) << i;
       }
     }
     if (close != 0) {
