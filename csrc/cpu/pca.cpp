@@ -15,19 +15,21 @@
 namespace kdci {
 namespace {
 
-// Iterations end when the variance that the subspace still misses is below
-// this fraction of what it captures.
+// Iterations end when the variance that the subspace still misses is about
+// this fraction of what it captures: clusters differ by more from seed to seed.
 template <typename T>
-constexpr double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-11;
+constexpr double tolerance = sizeof(T) == 4 ? 1e-3 : 1e-11;
 
 // Off-diagonal entries that an eigendecomposition leaves. They shift its
 // eigenvalues by their squares.
 template <typename T>
 constexpr double precision = sizeof(T) == 4 ? 1e-9 : 1.1e-16;
 
-// Columns iterated on beyond q: they speed up convergence, and protect against
-// a start block that is nearly orthogonal to a wanted direction.
-constexpr int64_t oversampling = 8;
+// What a block misses of the variance before it is filtered, at most.
+constexpr double missing_at_first = 0.1;
+
+// Matrices up to this size are reduced in full.
+constexpr int64_t small_size = 256;
 
 constexpr int max_cycles = 12;
 constexpr int max_degree = 16;
@@ -38,13 +40,91 @@ constexpr int64_t wide_rows = 128;
 // Rows of a tile of the matrix that one task computes: whole groups.
 constexpr int64_t task_rows = 16 * group_columns;
 
-/// A fixed number in [-1, 1) for each index (the SplitMix64 generator).
-double scrambled(uint64_t index) {
+/// 1 or -1, fixed for each index (the SplitMix64 generator).
+int scrambled_sign(uint64_t index) {
   uint64_t bits = (index + 1) * 0x9e3779b97f4a7c15ULL;
   bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ULL;
   bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebULL;
-  bits ^= bits >> 31;
-  return static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-63;
+  return (bits ^ (bits >> 31)) & 1 ? 1 : -1;
+}
+
+/// A Chebyshev polynomial of [0, cut] of degree m is cosh(m * growth) at value.
+double growth(double value, double cut) {
+  return std::max(std::acosh(std::max(2 * value / cut - 1, 1.0)), 1e-3);
+}
+
+/// The first, the q-th and the last of the eigenvalues in descending order.
+struct Spectrum {
+  double first;
+  double wanted;
+  double last;
+};
+
+template <typename T>
+Spectrum spectrum(const double* matrix, int64_t n, int64_t q) {
+  if (sizeof(T) == 4) {
+    const int64_t pitch = eigen_pitch(n);
+    std::vector<float> copy(n * pitch);
+    for (int64_t i = 0; i < n * n; ++i) {
+      copy[i / n * pitch + i % n] = static_cast<float>(matrix[i]);
+    }
+    std::vector<double> work(eigen_work(n));
+    const int64_t ranks[] = {0, q - 1, n - 1};
+    double values[3];
+    eigen_kernels().eigenvalues(copy.data(), n, ranks, 3, values, work.data());
+    return {values[0], values[1], values[2]};
+  }
+  std::vector<double> copy(matrix, matrix + n * n);
+  std::vector<double> values(n);
+  std::vector<double> work(4 * n);
+  eigen_kernels().symmetric_eigen(
+      copy.data(), n, 0, precision<T>, values.data(), nullptr, work.data());
+  return {values[0], values[q - 1], values[n - 1]};
+}
+
+/// vectors [n, q] = the leading eigenvectors of the matrix of these entries.
+template <typename T, typename Entry>
+void leading_vectors(int64_t n, int64_t q, Entry entry, T* vectors) {
+  if (sizeof(T) == 4) {
+    const int64_t pitch = eigen_pitch(n);
+    std::vector<float> matrix(n * pitch);
+    std::vector<float> found(n * pitch);
+    std::vector<double> work(eigen_work(n));
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        matrix[i * pitch + j] = static_cast<float>(entry(i, j));
+      }
+    }
+    if (eigen_kernels().leading_eigenvectors(
+            matrix.data(), n, q, found.data(), work.data())) {
+      for (int64_t i = 0; i < n; ++i) {
+        std::copy_n(found.data() + i * pitch, q, vectors + i * q);
+      }
+      return;
+    }
+  }
+  std::vector<double> matrix(n * n);
+  std::vector<double> found(n * n);
+  std::vector<double> values(n);
+  std::vector<double> work(4 * n);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      matrix[i * n + j] = entry(i, j);
+    }
+  }
+  eigen_kernels().symmetric_eigen(
+      matrix.data(),
+      n,
+      q,
+      precision<T>,
+      values.data(),
+      found.data(),
+      work.data());
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < q; ++j) {
+      vectors[i * q + j] = static_cast<T>(found[j * n + i]);
+    }
+  }
 }
 
 } // namespace
@@ -57,9 +137,11 @@ PrincipalSubspace<T>::PrincipalSubspace(
     int64_t q)
     : n_(n), d_(d), q_(q), size_(std::min(n, d)), gram_(n < d) {
   num_tiles_ = (size_ + tile_points - 1) / tile_points;
-  // A full solution takes about as long as iterations on half of the space.
-  const int64_t width = (q + oversampling + 3) / 4 * 4;
-  width_ = 2 * width < size_ && size_ > 16 ? width : 0;
+  // Columns beyond q speed up convergence, and protect against a start block
+  // that is nearly orthogonal to a wanted direction. A full solution takes
+  // about as long as iterations on half of the space.
+  const int64_t width = (q + std::max<int64_t>(16, q / 8) + 11) / 12 * 12;
+  width_ = 2 * width < size_ && size_ > small_size ? width : 0;
   groups_ = gram_ || d >= wide_rows ? 1 : std::clamp<int64_t>(n / 8192, 1, 16);
   chunk_rows_ = gram_ ? n : std::min<int64_t>(n, 256);
   stride_ = gram_ ? d : num_tiles_ * tile_points;
@@ -77,11 +159,9 @@ PrincipalSubspace<T>::PrincipalSubspace(
   packed_ = arena.take<T>(size_ * width_);
   packed_rotation_ = arena.take<T>(width_ * width_);
   small_gram_ = arena.take<double>(width_ * width_);
-  small_ritz_ = arena.take<double>(width_ * width_);
+  restricted_ = arena.take<double>(width_ * width_);
   rotation_ = arena.take<double>(width_ * width_);
   norms_ = arena.take<double>(width_);
-  values_ = arena.take<double>(width_);
-  work_ = arena.take<double>(4 * width_);
   kept_ = arena.take<bool>(width_);
 }
 
@@ -297,57 +377,52 @@ bool PrincipalSubspace<T>::normalize_trace() {
 /// Block iterations; false if they do not converge.
 template <typename T>
 bool PrincipalSubspace<T>::iterate() {
-  // The points that fill up the last tile count as zeros for ever.
-  const int64_t block = num_tiles_ * width_ * tile_points;
-  for (T* tiles : {block_, product_, rotated_}) {
-    std::fill_n(tiles, block, T(0));
-  }
-  for (int64_t i = 0; i < size_; ++i) {
-    for (int64_t j = 0; j < width_; ++j) {
-      *entry(block_, width_, j, i) = static_cast<T>(scrambled(i * width_ + j));
-    }
-  }
-  apply();
-  std::swap(block_, product_);
-  orthonormalize();
-
-  double captured_before = 0;
+  sketch();
+  double missing = missing_at_first;
   for (int cycle = 0; cycle < max_cycles; ++cycle) {
+    orthonormalize();
     apply();
-    solve_ritz(cycle > 0);
-    double captured = 0;
-    for (int64_t j = 0; j < q_; ++j) {
-      captured += values_[j];
-    }
-    // At first all that is known is that little is missing.
-    double missing = 0.1;
-    if (cycle > 0) {
-      missing = lost_variance() / captured;
-      const double gain = (captured - captured_before) / captured;
-      if (missing <= tolerance<T> || gain <= tolerance<T> / 8) {
-        for (int64_t i = 0; i < size_; ++i) {
-          for (int64_t j = 0; j < q_; ++j) {
-            leading_[i * q_ + j] = *entry(block_, width_, j, i);
-          }
-        }
-        return true;
-      }
-    }
-    captured_before = captured;
+    restrict_matrix();
     // A polynomial that is small on [0, cut] grows like this at the last
-    // wanted value. The first estimates of both are low, and one long cycle
-    // takes less time than two.
-    const double cut =
-        std::max(values_[width_ - 1], values_[0] * tolerance<T> / 8);
-    const double position = std::max(2 * values_[q_ - 1] / cut - 1, 1.0);
-    const double needed =
-        std::acosh(std::sqrt(std::max(missing / (tolerance<T> / 8), 1.0))) *
-        (cycle == 0 ? 1.5 : 1.0);
-    const double degree =
-        std::ceil(needed / std::max(std::acosh(position), 1e-3));
-    filter(cut, static_cast<int>(std::clamp(degree, 1.0, 1.0 * max_degree)));
+    // wanted value.
+    const Spectrum start = spectrum<T>(restricted_, width_, q_);
+    const double cut = std::max(start.last, start.first * 1e-6);
+    const double needed = std::acosh(std::sqrt(missing / tolerance<T>));
+    const double degree = std::clamp(
+        std::ceil(needed / growth(start.wanted, cut)), 2.0, 1.0 * max_degree);
+    filter(cut, start.first / cut, static_cast<int>(degree));
+    apply();
+    restrict_matrix();
+    const Spectrum end = spectrum<T>(restricted_, width_, q_);
+    const double grown = std::cosh(degree * growth(end.wanted, cut));
+    missing /= grown * grown;
+    if (missing <= 4 * tolerance<T>) {
+      take_leading();
+      return true;
+    }
   }
   return false;
+}
+
+/// block = matrix * a matrix of one random sign in each row: a start that is
+/// nearly as good as a product with random numbers, for the price of a sum.
+template <typename T>
+void PrincipalSubspace<T>::sketch() {
+  // The points that fill up the last tile stay zeros for ever.
+  const int64_t tile_size = width_ * tile_points;
+  std::fill_n(block_, num_tiles_ * tile_size, T(0));
+  std::fill_n(product_, num_tiles_ * tile_size, T(0));
+  std::fill_n(rotated_, num_tiles_ * tile_size, T(0));
+  for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+    for (int64_t k = 0; k < size_; ++k) {
+      const T sign = scrambled_sign(k);
+      const T* from = matrix_ + (tile * size_ + k) * tile_points;
+      T* to = block_ + tile * tile_size + k % width_ * tile_points;
+      for (int64_t i = 0; i < tile_points; ++i) {
+        to[i] += sign * from[i];
+      }
+    }
+  }
 }
 
 /// product = matrix * block
@@ -382,13 +457,16 @@ void PrincipalSubspace<T>::apply() {
 /// block = p(matrix) * block for the Chebyshev polynomial p of [0, cut], given
 /// product = matrix * block. The polynomial is applied root by root, and the
 /// block made orthonormal in between: this changes no subspace, and keeps the
-/// weak directions from drowning in the strong ones.
+/// weak directions from drowning in the strong ones, which grow `spread` times
+/// faster a step.
 template <typename T>
-void PrincipalSubspace<T>::filter(double cut, int degree) {
-  const double spread = values_[0] / cut;
+void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
   const int period = spread > 1000 ? 1 : spread > 30 ? 2 : 4;
   for (int step = 0; step < degree; ++step) {
     if (step > 0) {
+      if (step % period == 0) {
+        orthonormalize();
+      }
       apply();
     }
     // Small and large roots take turns.
@@ -397,9 +475,6 @@ void PrincipalSubspace<T>::filter(double cut, int degree) {
     const T root = static_cast<T>(cut * (1 + std::cos(angle)) / 2);
     for (int64_t i = 0; i < num_tiles_ * width_ * tile_points; ++i) {
       block_[i] = product_[i] - root * block_[i];
-    }
-    if ((step + 1) % period == 0 || step + 1 == degree) {
-      orthonormalize();
     }
   }
 }
@@ -422,13 +497,14 @@ void PrincipalSubspace<T>::factorize_block() {
   eigen_kernels().cholesky(small_gram_, w, 1e-12, kept_);
 }
 
-/// block = block * rotation, with the scaling of factorize_block.
+/// rotated = block * the first `count` columns of rotation_, with the scaling
+/// of factorize_block.
 template <typename T>
-void PrincipalSubspace<T>::rotate(T*& block) {
+void PrincipalSubspace<T>::rotate(int64_t count) {
   const int64_t w = width_;
   T* packed = packed_rotation_;
-  for (int64_t first = 0; first < w; first += group_columns) {
-    const int64_t columns = std::min(group_columns, w - first);
+  for (int64_t first = 0; first < count; first += group_columns) {
+    const int64_t columns = std::min(group_columns, count - first);
     for (int64_t i = 0; i < w; ++i) {
       const double factor = kept_[i] ? 1 / norms_[i] : 0;
       for (int64_t c = 0; c < columns; ++c) {
@@ -436,17 +512,19 @@ void PrincipalSubspace<T>::rotate(T*& block) {
       }
     }
   }
-  for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-    const int64_t offset = tile * w * tile_points;
-    subspace_kernels<T>().project_tile(
-        block + offset,
-        tile_size(tile),
-        w,
-        packed_rotation_,
-        w,
-        rotated_ + offset);
-  }
-  std::swap(block, rotated_);
+  torch::stable::parallel_for(
+      0, num_tiles_, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          const int64_t offset = tile * w * tile_points;
+          subspace_kernels<T>().project_tile(
+              block_ + offset,
+              tile_size(tile),
+              w,
+              packed_rotation_,
+              count,
+              rotated_ + offset);
+        }
+      });
 }
 
 /// Makes the columns of the block orthonormal, or zero where they depend on
@@ -458,102 +536,76 @@ void PrincipalSubspace<T>::orthonormalize() {
     rotation_[i] = i % (width_ + 1) == 0;
   }
   eigen_kernels().solve_upper(small_gram_, width_, rotation_);
-  rotate(block_);
+  rotate(width_);
+  std::swap(block_, rotated_);
 }
 
-/// Rayleigh-Ritz, given product = matrix * block: the eigenvalues of the
-/// matrix restricted to the subspace; with `turn` the block becomes the
-/// eigenvectors, and the product follows.
+/// The matrix restricted to the block's subspace, in an orthonormal basis:
+/// L^-1 (V^T A V) L^-T, given product = matrix * block.
 template <typename T>
-void PrincipalSubspace<T>::solve_ritz(bool turn) {
+void PrincipalSubspace<T>::restrict_matrix() {
   const auto& kernels = eigen_kernels();
   const int64_t w = width_;
   factorize_block();
   subspace_kernels<T>().inner_products(
-      block_, product_, num_tiles_, w, small_ritz_);
+      block_, product_, num_tiles_, w, restricted_);
   for (int64_t i = 0; i < w; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       const double entry = kept_[i] && kept_[j]
-          ? small_ritz_[i * w + j] / (norms_[i] * norms_[j])
+          ? restricted_[i * w + j] / (norms_[i] * norms_[j])
           : 0;
-      small_ritz_[i * w + j] = entry;
-      small_ritz_[j * w + i] = entry;
+      restricted_[i * w + j] = entry;
+      restricted_[j * w + i] = entry;
     }
   }
-  // L^-1 (V^T A V) L^-T, from both sides in turn.
-  kernels.solve_lower(small_gram_, w, small_ritz_);
+  // From both sides in turn.
+  kernels.solve_lower(small_gram_, w, restricted_);
   for (int64_t i = 0; i < w; ++i) {
     for (int64_t j = 0; j < w; ++j) {
-      rotation_[i * w + j] = small_ritz_[j * w + i];
+      rotation_[i * w + j] = restricted_[j * w + i];
     }
   }
   kernels.solve_lower(small_gram_, w, rotation_);
   for (int64_t i = 0; i < w; ++i) {
     for (int64_t j = 0; j < w; ++j) {
-      small_ritz_[i * w + j] =
+      restricted_[i * w + j] =
           (rotation_[i * w + j] + rotation_[j * w + i]) / 2;
     }
   }
-  // The eigenvectors come as rows.
-  kernels.symmetric_eigen(
-      small_ritz_, w, turn ? w : 0, precision<T>, values_, rotation_, work_);
-  if (!turn) {
-    return;
-  }
-  for (int64_t i = 0; i < w; ++i) {
-    for (int64_t j = 0; j < i; ++j) {
-      std::swap(rotation_[i * w + j], rotation_[j * w + i]);
-    }
-  }
-  kernels.solve_upper(small_gram_, w, rotation_);
-  rotate(block_);
-  rotate(product_);
 }
 
-/// An estimate of the variance that the q leading columns still miss: an
-/// eigenvalue is off by at most |A v - value v|^2 / its gap to the rest.
+/// leading = the best q directions of the block's subspace (Rayleigh-Ritz),
+/// given restricted = matrix in that subspace.
 template <typename T>
-double PrincipalSubspace<T>::lost_variance() const {
-  double lost = 0;
-  for (int64_t j = 0; j < q_; ++j) {
-    const T value = static_cast<T>(values_[j]);
-    double square = 0;
-    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-      const int64_t offset = (tile * width_ + j) * tile_points;
-      for (int64_t i = offset; i < offset + tile_points; ++i) {
-        const double residual = product_[i] - value * block_[i];
-        square += residual * residual;
-      }
+void PrincipalSubspace<T>::take_leading() {
+  const int64_t w = width_;
+  std::vector<T> vectors(w * q_);
+  leading_vectors<T>(
+      w,
+      q_,
+      [&](int64_t i, int64_t j) { return restricted_[i * w + j]; },
+      vectors.data());
+  for (int64_t i = 0; i < w; ++i) {
+    for (int64_t j = 0; j < w; ++j) {
+      rotation_[i * w + j] = j < q_ ? vectors[i * q_ + j] : 0;
     }
-    const double gap =
-        std::max(values_[j] - values_[width_ - 1], 1e-3 * values_[j]);
-    lost += gap > 0 ? square / gap : 0;
   }
-  return lost;
+  eigen_kernels().solve_upper(small_gram_, w, rotation_);
+  rotate(q_);
+  for (int64_t i = 0; i < size_; ++i) {
+    for (int64_t j = 0; j < q_; ++j) {
+      leading_[i * q_ + j] = *entry(rotated_, w, j, i);
+    }
+  }
 }
 
 template <typename T>
 void PrincipalSubspace<T>::solve_fully() {
-  std::vector<double> matrix(size_ * size_);
-  std::vector<double> vectors(size_ * size_);
-  std::vector<double> values(size_);
-  std::vector<double> work(4 * size_);
-  for (int64_t i = 0; i < size_ * size_; ++i) {
-    matrix[i] = *entry(matrix_, size_, i / size_, i % size_);
-  }
-  eigen_kernels().symmetric_eigen(
-      matrix.data(),
+  leading_vectors<T>(
       size_,
       q_,
-      precision<T>,
-      values.data(),
-      vectors.data(),
-      work.data());
-  for (int64_t i = 0; i < size_; ++i) {
-    for (int64_t j = 0; j < q_; ++j) {
-      leading_[i * q_ + j] = static_cast<T>(vectors[j * size_ + i]);
-    }
-  }
+      [&](int64_t i, int64_t j) { return *entry(matrix_, size_, i, j); },
+      leading_);
 }
 
 template class PrincipalSubspace<float>;

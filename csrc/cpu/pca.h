@@ -23,11 +23,12 @@ struct CenteredRows {
 
 /// Finds a basis [d, q] of the subspace of `rows` [n, d] in which their
 /// variance is greatest. The smaller of the covariance X^T X and the Gram
-/// matrix X X^T is formed; its leading subspace is found by
-/// Chebyshev-accelerated subspace iteration (Rutishauser; Saad, Numerical
-/// Methods for Large Eigenvalue Problems, ch. 5 and 7), or by a full
-/// eigendecomposition where that is cheaper or does not converge. Columns of
-/// the basis are orthonormal, or zero in a direction without variance.
+/// matrix X X^T is formed; its leading subspace is found by a full reduction
+/// where it is small, else by Chebyshev-accelerated subspace iteration
+/// (Rutishauser; Saad, Numerical Methods for Large Eigenvalue Problems, ch. 5
+/// and 7) until what it misses is some thousandth of the variance captured.
+/// Columns of the basis are orthonormal, or zero in a direction without
+/// variance.
 template <typename T>
 class PrincipalSubspace {
  public:
@@ -46,13 +47,14 @@ class PrincipalSubspace {
   bool normalize_trace();
   bool iterate();
   void solve_fully();
+  void sketch();
   void apply();
-  void filter(double cut, int degree);
+  void filter(double cut, double spread, int degree);
   void factorize_block();
   void orthonormalize();
-  void solve_ritz(bool turn);
-  void rotate(T*& block);
-  double lost_variance() const;
+  void restrict_matrix();
+  void rotate(int64_t count);
+  void take_leading();
   int64_t tile_size(int64_t tile) const;
   T* entry(T* tiles, int64_t depth, int64_t k, int64_t point) const;
 
@@ -80,11 +82,9 @@ class PrincipalSubspace {
   T* packed_;          // a block, packed for products with the matrix
   T* packed_rotation_; // [width, width]
   double* small_gram_; // [width, width]: V^T V
-  double* small_ritz_; // [width, width]: V^T matrix V
+  double* restricted_; // [width, width]: the matrix in the subspace of V
   double* rotation_;   // [width, width]
   double* norms_;      // [width]: of the columns of V
-  double* values_;     // [width]: Ritz values, descending
-  double* work_;       // [4 width]
   bool* kept_;         // [width]
 };
 

@@ -35,6 +35,11 @@ inline void add(
   }
 }
 
+template <int count>
+struct Count {
+  static constexpr int value = count;
+};
+
 inline double magnitude(double value) {
   return __builtin_fabs(value);
 }
@@ -201,6 +206,416 @@ void symmetric_eigen(
   }
 }
 
+// -- Leading eigenvectors in float -------------------------------------------
+//
+// Householder reduction, bisection of the wanted eigenvalues side by side
+// (Sturm counts), and for each its vector from a twisted factorization (Dhillon
+// & Parlett, SIMAX 2004). Distances in the subspace do not depend on how close
+// vectors turned into each other, so plain float is enough for the matrix.
+
+/// A symmetric tridiagonal matrix.
+struct Tridiagonal {
+  double* diagonal;     // [n]
+  double* off_diagonal; // [n], the last one 0
+};
+
+float sum_lanes(Vec<float> values) {
+  float sums[lanes<float>];
+  store(sums, values);
+  for (int64_t half = lanes<float> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+    }
+  }
+  return sums[0];
+}
+
+/// Reduces matrix [n, pitch]; reflector k is I - v v^T with v in row k of
+/// `reflectors` [n, pitch].
+void reduce(
+    float* matrix,
+    int64_t n,
+    float* reflectors,
+    float* other, // [2, pitch]
+    const Tridiagonal& reduced) {
+  const int64_t pitch = eigen_pitch(n);
+  float* w = other;
+  float* product = other + pitch;
+  for (int64_t i = 0; i < pitch; ++i) {
+    w[i] = 0;
+  }
+  const float* last_v = nullptr;
+  for (int64_t k = 0; k < n; ++k) {
+    float* row = matrix + k * pitch;
+    // Vectors of the columns that are still in work.
+    const int64_t begin = k / lanes<float> * lanes<float>;
+    if (last_v != nullptr) {
+      const float vk = last_v[k];
+      const float wk = w[k];
+      for (int64_t j = begin; j < pitch; j += lanes<float>) {
+        store(
+            row + j, load(row + j) - vk * load(w + j) - wk * load(last_v + j));
+      }
+    }
+    reduced.diagonal[k] = row[k];
+    reduced.off_diagonal[k] = 0;
+    float* v = reflectors + k * pitch;
+    for (int64_t j = 0; j < pitch; ++j) {
+      v[j] = j > k ? row[j] : 0;
+    }
+    if (k + 1 == n) {
+      break;
+    }
+    Vec<float> squares = {};
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+      squares += load(v + j) * load(v + j);
+    }
+    const float norm = __builtin_sqrtf(sum_lanes(squares));
+    const float head = v[k + 1];
+    const float reflected = head > 0 ? -norm : norm;
+    reduced.off_diagonal[k] = reflected;
+    // |v|^2 = 2, so that the reflector needs no factor.
+    const float length = norm * (norm + __builtin_fabsf(head));
+    const float scale = length > 0 ? 1 / __builtin_sqrtf(length) : 0;
+    v[k + 1] -= reflected;
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+      store(v + j, load(v + j) * scale);
+      store(product + j, Vec<float>{});
+    }
+    // The last step's update of the matrix and this one's product with it, two
+    // rows at a time.
+    int64_t i = k + 1;
+    for (; i + 1 < n; i += 2) {
+      float* first = matrix + i * pitch;
+      float* second = first + pitch;
+      const float v0 = last_v != nullptr ? last_v[i] : 0;
+      const float v1 = last_v != nullptr ? last_v[i + 1] : 0;
+      const float* old_v = last_v != nullptr ? last_v : v;
+      const float w0 = last_v != nullptr ? w[i] : 0;
+      const float w1 = last_v != nullptr ? w[i + 1] : 0;
+      const float factor0 = v[i];
+      const float factor1 = v[i + 1];
+      for (int64_t j = begin; j < pitch; j += lanes<float>) {
+        const Vec<float> wj = load(w + j);
+        const Vec<float> vj = load(old_v + j);
+        const Vec<float> a = load(first + j) - v0 * wj - w0 * vj;
+        const Vec<float> b = load(second + j) - v1 * wj - w1 * vj;
+        store(first + j, a);
+        store(second + j, b);
+        store(product + j, load(product + j) + factor0 * a + factor1 * b);
+      }
+    }
+    for (; i < n; ++i) {
+      float* first = matrix + i * pitch;
+      const float v0 = last_v != nullptr ? last_v[i] : 0;
+      const float w0 = last_v != nullptr ? w[i] : 0;
+      const float* old_v = last_v != nullptr ? last_v : v;
+      for (int64_t j = begin; j < pitch; j += lanes<float>) {
+        const Vec<float> a =
+            load(first + j) - v0 * load(w + j) - w0 * load(old_v + j);
+        store(first + j, a);
+        store(product + j, load(product + j) + v[i] * a);
+      }
+    }
+    // w = p - (p.v / 2) v; entries at and before k stay zero.
+    Vec<float> dots = {};
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+      dots += load(product + j) * load(v + j);
+    }
+    const float half = sum_lanes(dots) / 2;
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+      store(w + j, load(product + j) - half * load(v + j));
+    }
+    for (int64_t j = begin; j <= k; ++j) {
+      w[j] = 0;
+    }
+    last_v = v;
+  }
+}
+
+/// Eigenvalues by bisection, of which value i has ranks[i] (or, if `ranks` is
+/// null, i) larger ones; they are off by 2^-25 of the span of all.
+void bisect(
+    const Tridiagonal& matrix,
+    int64_t n,
+    const int64_t* ranks,
+    int64_t count,
+    double* values,
+    float* work) { // [2, n]
+  float* diagonal = work;
+  float* squares = work + n;
+  double low = matrix.diagonal[0];
+  double high = low;
+  double before = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double after = magnitude(matrix.off_diagonal[i]);
+    const double radius = before + after;
+    low = matrix.diagonal[i] - radius < low ? matrix.diagonal[i] - radius : low;
+    high =
+        matrix.diagonal[i] + radius > high ? matrix.diagonal[i] + radius : high;
+    before = after;
+  }
+  const float tiny = 1e-30f;
+  const double span = high - low > 0 ? high - low : 1;
+  for (int64_t i = 0; i < n; ++i) {
+    diagonal[i] = static_cast<float>((matrix.diagonal[i] - low) / span);
+    const double off = i > 0 ? matrix.off_diagonal[i - 1] / span : 0;
+    squares[i] = static_cast<float>(off * off) + tiny;
+  }
+  constexpr int vectors = 4;
+  constexpr int64_t batch = vectors * lanes<float>;
+  for (int64_t first = 0; first < count; first += batch) {
+    Vec<float> lower[vectors];
+    Vec<float> upper[vectors];
+    Vec<float> wanted[vectors]; // eigenvalues that are larger, or n
+    const int64_t left = count - first < batch ? count - first : batch;
+    const int64_t used = (left + lanes<float> - 1) / lanes<float>;
+    for (int64_t v = 0; v < vectors; ++v) {
+      lower[v] = Vec<float>{};
+      upper[v] = broadcast(1.0f);
+      for (int64_t j = 0; j < lanes<float>; ++j) {
+        const int64_t at = first + v * lanes<float> + j;
+        wanted[v][j] = at >= count ? 0.0f
+            : ranks != nullptr     ? static_cast<float>(ranks[at])
+                                   : static_cast<float>(at);
+      }
+    }
+    for (int step = 0; step < 25; ++step) {
+      Vec<float> middle[vectors];
+      Vec<float> pivot[vectors];
+      Vec<float> larger[vectors];
+      for (int64_t v = 0; v < vectors; ++v) {
+        middle[v] = (lower[v] + upper[v]) * 0.5f;
+        pivot[v] = broadcast(1.0f);
+        larger[v] = Vec<float>{};
+      }
+      const auto count_larger = [&](auto num) {
+        constexpr int width = decltype(num)::value;
+        for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 4
+          for (int v = 0; v < width; ++v) {
+            Vec<float> next = diagonal[i] - middle[v] - squares[i] / pivot[v];
+            const Vec<float> size = next < 0 ? -next : next;
+            next = size < tiny ? broadcast(-tiny) : next;
+            larger[v] += next > 0 ? broadcast(1.0f) : Vec<float>{};
+            pivot[v] = next;
+          }
+        }
+      };
+      if (used > 2) {
+        count_larger(Count<4>());
+      } else if (used == 2) {
+        count_larger(Count<2>());
+      } else {
+        count_larger(Count<1>());
+      }
+      for (int64_t v = 0; v < vectors; ++v) {
+        const auto above = larger[v] > wanted[v];
+        lower[v] = above ? middle[v] : lower[v];
+        upper[v] = above ? upper[v] : middle[v];
+      }
+    }
+    for (int64_t i = 0; i < left; ++i) {
+      const int64_t v = i / lanes<float>;
+      const int64_t j = i % lanes<float>;
+      values[first + i] =
+          low + span * (static_cast<double>(lower[v][j]) + upper[v][j]) / 2;
+    }
+  }
+}
+
+/// Eigenvectors z [n, lanes] for as many eigenvalues, which are refined.
+void twist(
+    const Tridiagonal& matrix,
+    int64_t n,
+    double norm,
+    Vec<double>& values,
+    double* forward, // [n, lanes]
+    double* backward,
+    double* z) {
+  constexpr int64_t width = lanes<double>;
+  const double tiny = norm * 1e-290 + 1e-300;
+  const auto safe = [&](Vec<double> pivot) {
+    const Vec<double> size = pivot < 0 ? -pivot : pivot;
+    return size < tiny ? broadcast(tiny) : pivot;
+  };
+  for (int round = 0; round < 2; ++round) {
+    Vec<double> pivot = broadcast(1.0);
+    for (int64_t i = 0; i < n; ++i) {
+      const double off = i > 0 ? matrix.off_diagonal[i - 1] : 0;
+      pivot = safe(matrix.diagonal[i] - values - off * off / pivot);
+      store(forward + i * width, pivot);
+    }
+    Vec<double> best = broadcast(__builtin_inf());
+    Vec<double> residual = {};
+    Vec<double> twist_at = {};
+    pivot = broadcast(1.0);
+    for (int64_t i = n - 1; i >= 0; --i) {
+      const double off = matrix.off_diagonal[i];
+      pivot = safe(matrix.diagonal[i] - values - off * off / pivot);
+      store(backward + i * width, pivot);
+      const Vec<double> gamma =
+          load(forward + i * width) + pivot - (matrix.diagonal[i] - values);
+      const Vec<double> size = gamma < 0 ? -gamma : gamma;
+      const auto smaller = size < best;
+      best = smaller ? size : best;
+      residual = smaller ? gamma : residual;
+      twist_at = smaller ? broadcast(static_cast<double>(i)) : twist_at;
+    }
+    Vec<double> length = {};
+    Vec<double> entry = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const double off = i > 0 ? matrix.off_diagonal[i - 1] : 0;
+      const double at = static_cast<double>(i);
+      const Vec<double> below = -off * entry / load(backward + i * width);
+      entry = twist_at < at ? below : Vec<double>{};
+      entry = twist_at == at ? broadcast(1.0) : entry;
+      store(z + i * width, entry);
+      length += entry * entry;
+    }
+    entry = Vec<double>{};
+    for (int64_t i = n - 1; i >= 0; --i) {
+      const double at = static_cast<double>(i);
+      const Vec<double> above =
+          -matrix.off_diagonal[i] * entry / load(forward + i * width);
+      const Vec<double> old = load(z + i * width);
+      entry = twist_at > at ? above : old;
+      length += twist_at > at ? entry * entry : Vec<double>{};
+      // Below the twist only the twist's own entry is passed on.
+      store(z + i * width, entry);
+    }
+    values += residual / length;
+    for (int64_t i = 0; round == 1 && i < n; ++i) {
+      for (int64_t j = 0; j < width; ++j) {
+        z[i * width + j] /= __builtin_sqrt(length[j]);
+      }
+    }
+  }
+}
+
+/// vectors [n, pitch] = the product of all reflectors with them.
+void apply_reflectors(
+    const float* reflectors,
+    int64_t n,
+    int64_t num_vectors,
+    float* vectors) {
+  const int64_t pitch = eigen_pitch(n);
+  const auto apply = [&](auto num, int64_t first) {
+    constexpr int width = decltype(num)::value;
+    for (int64_t k = n - 2; k >= 0; --k) {
+      const float* v = reflectors + k * pitch;
+      Vec<float> dots[width] = {};
+      for (int64_t i = k + 1; i < n; ++i) {
+#pragma GCC unroll 4
+        for (int c = 0; c < width; ++c) {
+          dots[c] +=
+              v[i] * load(vectors + i * pitch + first + c * lanes<float>);
+        }
+      }
+      for (int64_t i = k + 1; i < n; ++i) {
+#pragma GCC unroll 4
+        for (int c = 0; c < width; ++c) {
+          float* to = vectors + i * pitch + first + c * lanes<float>;
+          store(to, load(to) - v[i] * dots[c]);
+        }
+      }
+    }
+  };
+  int64_t first = 0;
+  for (; num_vectors - first > 2 * lanes<float>; first += 4 * lanes<float>) {
+    if (first + 4 * lanes<float> > pitch) {
+      break;
+    }
+    apply(Count<4>(), first);
+  }
+  for (; first < num_vectors; first += lanes<float>) {
+    apply(Count<1>(), first);
+  }
+}
+
+/// Carves the parts of `work` that the solvers share.
+struct Reduction {
+  Reduction(float* matrix, int64_t n, double* work) {
+    const int64_t pitch = eigen_pitch(n);
+    tridiagonal = {work, work + n};
+    rest = work + 2 * n;
+    reflectors = reinterpret_cast<float*>(rest);
+    rest += (n * pitch + 1) / 2;
+    float* other = reinterpret_cast<float*>(rest);
+    rest += pitch;
+    reduce(matrix, n, reflectors, other, tridiagonal);
+  }
+
+  Tridiagonal tridiagonal;
+  float* reflectors; // [n, pitch]
+  double* rest;
+};
+
+void eigenvalues(
+    float* matrix,
+    int64_t n,
+    const int64_t* ranks,
+    int64_t count,
+    double* values,
+    double* work) {
+  const Reduction reduction(matrix, n, work);
+  bisect(
+      reduction.tridiagonal,
+      n,
+      ranks,
+      count,
+      values,
+      reinterpret_cast<float*>(reduction.rest));
+}
+
+bool leading_eigenvectors(
+    float* matrix,
+    int64_t n,
+    int64_t num_vectors,
+    float* vectors,
+    double* work) {
+  constexpr int64_t width = lanes<double>;
+  const int64_t pitch = eigen_pitch(n);
+  const Reduction reduction(matrix, n, work);
+  double* values = reduction.rest;
+  double* scratch = values + n + width;
+  bisect(
+      reduction.tridiagonal,
+      n,
+      nullptr,
+      num_vectors,
+      values,
+      reinterpret_cast<float*>(scratch));
+  const double norm = magnitude(values[0]);
+  for (int64_t i = 0; i < n * pitch; ++i) {
+    vectors[i] = 0;
+  }
+  for (int64_t first = 0; first < num_vectors; first += width) {
+    const int64_t left =
+        num_vectors - first < width ? num_vectors - first : width;
+    Vec<double> batch;
+    for (int64_t j = 0; j < width; ++j) {
+      batch[j] = values[first + (j < left ? j : left - 1)];
+    }
+    double* z = scratch + 2 * n * width;
+    twist(
+        reduction.tridiagonal, n, norm, batch, scratch, scratch + n * width, z);
+    for (int64_t j = 0; j < left; ++j) {
+      values[first + j] = batch[j];
+      for (int64_t i = 0; i < n; ++i) {
+        vectors[i * pitch + first + j] = static_cast<float>(z[i * width + j]);
+      }
+    }
+  }
+  for (int64_t i = 1; i < num_vectors; ++i) {
+    if (!(values[i - 1] - values[i] > 1e-6 * norm)) {
+      return false;
+    }
+  }
+  apply_reflectors(reduction.reflectors, n, num_vectors, vectors);
+  return true;
+}
+
 void cholesky(double* gram, int64_t n, double tolerance, bool* kept) {
   for (int64_t i = 0; i < n; ++i) {
     double* row = gram + i * n;
@@ -249,6 +664,8 @@ void solve_upper(const double* lower, int64_t n, double* rows) {
 
 extern const EigenKernels eigen_kernels = {
     symmetric_eigen,
+    leading_eigenvectors,
+    eigenvalues,
     cholesky,
     solve_lower,
     solve_upper};

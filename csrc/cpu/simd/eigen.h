@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Small dense symmetric problems in double: eigenvalues and vectors, and the
-// Cholesky factor of a matrix that may be singular. All matrices are row-major
-// [n, n].
+// Small dense symmetric problems: eigenvalues and vectors, and the Cholesky
+// factor of a matrix that may be singular. All matrices are row-major, [n, n]
+// unless said otherwise.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,14 @@
 #include "level.h"
 
 namespace kdci {
+
+constexpr int64_t eigen_pitch(int64_t n) {
+  return (n + 15) / 16 * 16;
+}
+
+constexpr int64_t eigen_work(int64_t n) {
+  return (n + 4) * eigen_pitch(n) + 64 * n;
+}
 
 struct EigenKernels {
   /// Eigenvalues of the symmetric `matrix` in descending order and the
@@ -24,6 +32,29 @@ struct EigenKernels {
       double precision,
       double* values,
       double* vectors,
+      double* work);
+
+  /// The `num_vectors` leading eigenvectors of a symmetric matrix [n, pitch],
+  /// as columns of `vectors` [n, pitch], and of their eigenvalues the first and
+  /// the last; accurate to the rounding of float, relative to the largest.
+  /// False if some eigenvalues are too close to tell their vectors apart.
+  /// `pitch` is eigen_pitch(n), padding is zero, and `matrix` is destroyed;
+  /// `work` has room for eigen_work(n) values.
+  bool (*leading_eigenvectors)(
+      float* matrix,
+      int64_t n,
+      int64_t num_vectors,
+      float* vectors,
+      double* work);
+
+  /// The eigenvalues with indices ranks[0..count) in descending order, count
+  /// <= 4, of such a matrix.
+  void (*eigenvalues)(
+      float* matrix,
+      int64_t n,
+      const int64_t* ranks,
+      int64_t count,
+      double* values,
       double* work);
 
   /// Overwrites the lower triangle of `gram`, of unit or zero diagonal, by its

@@ -79,18 +79,18 @@ KDCI_INLINE void inner_block(
     int64_t depth,
     double* products,
     int64_t stride) {
-  Vec<double> sums[rows][columns] = {};
+  Vec<T> sums[rows][columns] = {};
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    for (int64_t lane = 0; lane < tile_points; lane += lanes<double>) {
+    for (int64_t lane = 0; lane < tile_points; lane += lanes<T>) {
       const int64_t at = tile * depth * tile_points + lane;
-      Vec<double> right[columns];
+      Vec<T> right[columns];
 #pragma GCC unroll 4
       for (int c = 0; c < columns; ++c) {
-        right[c] = widen(b + at + c * tile_points);
+        right[c] = load(b + at + c * tile_points);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < rows; ++r) {
-        const Vec<double> left = widen(a + at + r * tile_points);
+        const Vec<T> left = load(a + at + r * tile_points);
 #pragma GCC unroll 4
         for (int c = 0; c < columns; ++c) {
           sums[r][c] += left * right[c];
@@ -100,7 +100,11 @@ KDCI_INLINE void inner_block(
   }
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < columns; ++c) {
-      products[r * stride + c] = sum_lanes(sums[r][c]);
+      double sum = 0;
+      for (int64_t j = 0; j < lanes<T>; ++j) {
+        sum += sums[r][c][j];
+      }
+      products[r * stride + c] = sum;
     }
   }
 }
@@ -112,8 +116,8 @@ void inner_products(
     int64_t num_tiles,
     int64_t depth,
     double* products) {
-  constexpr int rows = 4;
-  constexpr int columns = vector_bytes == 64 ? 4 : 2;
+  constexpr int rows = vector_bytes == 64 ? 6 : 3;
+  constexpr int columns = 4;
   for (int64_t i = 0; i < depth; i += rows) {
     for (int64_t j = 0; j < i + rows; j += columns) {
       inner_block<rows, columns>(

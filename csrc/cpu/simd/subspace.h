@@ -37,7 +37,8 @@ struct SubspaceKernels {
       bool accumulated);
 
   /// products [depth, depth] = sum over all points of a_i b_j, for j <= i; the
-  /// rest is left undefined. `depth` is a multiple of 4.
+  /// rest is left undefined. `depth` is a multiple of
+  /// 12.
   void (*inner_products)(
       const T* a,
       const T* b,
