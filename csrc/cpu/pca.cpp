@@ -31,6 +31,14 @@ constexpr double missing_at_first = 0.1;
 // Matrices up to this size are reduced in full.
 constexpr int64_t small_size = 256;
 
+// Rows rounded to integers: so many at a time that no sum of products of
+// values in (-1, 1) times the factor exceeds 2^30. For few values it does not
+// pay, and below this root mean square too few digits are left.
+constexpr int64_t coarse_rows = 128;
+constexpr float coarse_factor = 2800;
+constexpr int64_t coarse_values = 1 << 14;
+constexpr double coarse_deviation = 1.0 / 64;
+
 constexpr int max_cycles = 12;
 constexpr int max_degree = 16;
 
@@ -153,6 +161,10 @@ PrincipalSubspace<T>::PrincipalSubspace(
   centered_ = arena.take<T>(groups_ * chunk_rows_ * stride_);
   partial_ = arena.take<T>(groups_ > 1 ? groups_ * matrix : 0);
   matrix_ = arena.take<T>(matrix);
+  pairs_ = sizeof(T) == 4 && simd_level() == SimdLevel::avx512vnni;
+  matrix_pairs_ = arena.take<uint32_t>(
+      pairs_ && width_ > 0 ? num_tiles_ * ((size_ + 1) / 2) * tile_points : 0);
+  unscale_ = arena.take<float>(width_);
   block_ = arena.take<T>(block);
   product_ = arena.take<T>(block);
   rotated_ = arena.take<T>(block);
@@ -187,14 +199,25 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   if (gram_) {
     form_gram(rows);
   } else {
-    form_covariance(rows);
+    // Integers leave enough digits unless a few values dwarf all others.
+    const bool coarse = pairs_ && n_ * d_ >= coarse_values;
+    form_covariance(rows, coarse);
+    if (coarse && variance() < coarse_deviation * coarse_deviation * n_ * d_) {
+      form_covariance(rows, false);
+    }
   }
-  if (!normalize_trace()) {
+  const double trace = variance();
+  if (!(trace > 0)) {
     // All rows are equal: any directions will do.
     for (int64_t i = 0; i < d_ * q_; ++i) {
       basis_[i] = i / q_ == i % q_ ? 1 : 0;
     }
     return;
+  }
+  // Eigenvalues become shares of the variance.
+  const T factor = static_cast<T>(1 / trace);
+  for (int64_t i = 0; i < num_tiles_ * size_ * tile_points; ++i) {
+    matrix_[i] *= factor;
   }
   if (width_ == 0 || !iterate()) {
     solve_fully();
@@ -220,22 +243,76 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   }
 }
 
+/// `coarse`: from rows rounded to 16-bit integers.
 template <typename T>
-void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
-  const auto& kernels = subspace_kernels<T>();
+void PrincipalSubspace<T>::form_covariance(
+    const CenteredRows<T>& rows,
+    bool coarse) {
   const int64_t d = d_;
   const int64_t size = num_tiles_ * d * tile_points;
+  const int64_t chunk_rows = coarse ? coarse_rows : chunk_rows_;
   // What pads the rows must give zeros.
   std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
-  const auto center = [&](int64_t first, int64_t count, T* centered) {
+  // `first` is even where it is not the first row of a chunk.
+  const auto center = [&](int64_t first, int64_t count, T* chunk, int64_t at) {
+    if constexpr (sizeof(T) == 4) {
+      if (coarse) {
+        pair_kernels().center_rows(
+            rows.data + first * d,
+            count,
+            d,
+            rows.shift,
+            rows.scale,
+            coarse_factor,
+            reinterpret_cast<uint32_t*>(chunk) + at / 2 * stride_,
+            stride_);
+        return;
+      }
+    }
     rows_kernels<T>().center_rows(
         rows.data + first * d,
         count,
         d,
         rows.shift,
         rows.scale,
-        centered,
+        chunk + at * stride_,
         stride_);
+  };
+  const auto add = [&](const T* chunk,
+                       int64_t count,
+                       int64_t first,
+                       int64_t last,
+                       int64_t tile,
+                       T* sums,
+                       bool accumulated) {
+    T* to = sums + tile * d * tile_points;
+    const int64_t column = tile * tile_points;
+    if constexpr (sizeof(T) == 4) {
+      if (coarse) {
+        pair_kernels().add_products(
+            reinterpret_cast<const uint32_t*>(chunk),
+            count,
+            stride_,
+            first,
+            last,
+            column,
+            tile_size(tile),
+            coarse_factor,
+            to,
+            accumulated);
+        return;
+      }
+    }
+    subspace_kernels<T>().add_products(
+        chunk,
+        count,
+        stride_,
+        first,
+        last,
+        column,
+        tile_size(tile),
+        to,
+        accumulated);
   };
   // Nothing below the diagonal block of a tile is computed.
   const auto last_row = [&](int64_t tile) {
@@ -245,22 +322,19 @@ void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
     T* sums = groups_ > 1 ? partial_ : matrix_;
     torch::stable::parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        T* centered = centered_ + group * chunk_rows_ * stride_;
+        T* chunk = centered_ + group * chunk_rows_ * stride_;
         const int64_t first = group * n_ / groups_;
         const int64_t last = (group + 1) * n_ / groups_;
-        for (int64_t start = first; start < last; start += chunk_rows_) {
-          const int64_t count = std::min(chunk_rows_, last - start);
-          center(start, count, centered);
+        for (int64_t start = first; start < last; start += chunk_rows) {
+          const int64_t count = std::min(chunk_rows, last - start);
+          center(start, count, chunk, 0);
           for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-            kernels.add_products(
-                centered,
+            add(chunk,
                 count,
-                stride_,
                 0,
                 last_row(tile),
-                tile * tile_points,
-                tile_size(tile),
-                sums + group * size + tile * d * tile_points,
+                tile,
+                sums + group * size,
                 start > first);
           }
         }
@@ -275,11 +349,12 @@ void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
     }
   } else {
     const int64_t tasks = (d + task_rows - 1) / task_rows;
-    for (int64_t start = 0; start < n_; start += chunk_rows_) {
-      const int64_t count = std::min(chunk_rows_, n_ - start);
+    for (int64_t start = 0; start < n_; start += chunk_rows) {
+      const int64_t count = std::min(chunk_rows, n_ - start);
       torch::stable::parallel_for(
-          0, count, 64, [&](int64_t begin, int64_t end) {
-            center(start + begin, end - begin, centered_ + begin * stride_);
+          0, (count + 1) / 2, 32, [&](int64_t begin, int64_t end) {
+            const int64_t last = std::min(2 * end, count);
+            center(start + 2 * begin, last - 2 * begin, centered_, 2 * begin);
           });
       torch::stable::parallel_for(
           0, num_tiles_ * tasks, 1, [&](int64_t begin, int64_t end) {
@@ -291,16 +366,7 @@ void PrincipalSubspace<T>::form_covariance(const CenteredRows<T>& rows) {
               const int64_t first = task % tasks * task_rows;
               const int64_t last = std::min(first + task_rows, last_row(tile));
               if (first < last) {
-                kernels.add_products(
-                    centered_,
-                    count,
-                    stride_,
-                    first,
-                    last,
-                    tile * tile_points,
-                    tile_size(tile),
-                    matrix_ + tile * d * tile_points,
-                    start > 0);
+                add(centered_, count, first, last, tile, matrix_, start > 0);
               }
             }
           });
@@ -356,27 +422,22 @@ void PrincipalSubspace<T>::form_gram(const CenteredRows<T>& rows) {
   mirror();
 }
 
-/// Divides the matrix by its trace, so that eigenvalues are shares of the
-/// variance; false if there is none.
+/// The trace of the matrix.
 template <typename T>
-bool PrincipalSubspace<T>::normalize_trace() {
+double PrincipalSubspace<T>::variance() const {
   double trace = 0;
   for (int64_t i = 0; i < size_; ++i) {
     trace += *entry(matrix_, size_, i, i);
   }
-  if (!(trace > 0)) {
-    return false;
-  }
-  const T factor = static_cast<T>(1 / trace);
-  for (int64_t i = 0; i < num_tiles_ * size_ * tile_points; ++i) {
-    matrix_[i] *= factor;
-  }
-  return true;
+  return trace;
 }
 
 /// Block iterations; false if they do not converge.
 template <typename T>
 bool PrincipalSubspace<T>::iterate() {
+  if (pairs_) {
+    round_matrix();
+  }
   sketch();
   double missing = missing_at_first;
   for (int cycle = 0; cycle < max_cycles; ++cycle) {
@@ -425,9 +486,62 @@ void PrincipalSubspace<T>::sketch() {
   }
 }
 
+/// matrix_pairs = matrix, scaled so that rows are no longer than 2^15.
+template <typename T>
+void PrincipalSubspace<T>::round_matrix() {
+  double longest = 0;
+  for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+    T squares[tile_points] = {};
+    for (int64_t k = 0; k < size_; ++k) {
+      const T* row = matrix_ + (tile * size_ + k) * tile_points;
+      for (int64_t i = 0; i < tile_points; ++i) {
+        squares[i] += row[i] * row[i];
+      }
+    }
+    longest = std::max<double>(
+        longest, *std::max_element(squares, squares + tile_points));
+  }
+  matrix_factor_ = static_cast<float>(32000 / std::sqrt(longest));
+  const int64_t half = (size_ + 1) / 2;
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+      pair_kernels().round_tile(
+          matrix_ + tile * size_ * tile_points,
+          size_,
+          matrix_factor_,
+          matrix_pairs_ + tile * half * tile_points);
+    }
+  }
+}
+
 /// product = matrix * block
 template <typename T>
 void PrincipalSubspace<T>::apply() {
+  const int64_t grain =
+      std::max<int64_t>(1, (1 << 21) / (tile_points * size_ * width_));
+  if constexpr (sizeof(T) == 4) {
+    if (pairs_) {
+      const int64_t half = (size_ + 1) / 2;
+      auto* packed = reinterpret_cast<uint32_t*>(packed_);
+      pair_kernels().pack_block(
+          block_, num_tiles_, width_, size_, packed, unscale_);
+      torch::stable::parallel_for(
+          0, num_tiles_, grain, [&](int64_t begin, int64_t end) {
+            for (int64_t tile = begin; tile < end; ++tile) {
+              pair_kernels().project_tile(
+                  matrix_pairs_ + tile * half * tile_points,
+                  tile_size(tile),
+                  size_,
+                  packed,
+                  width_,
+                  1 / matrix_factor_,
+                  unscale_,
+                  product_ + tile * width_ * tile_points);
+            }
+          });
+      return;
+    }
+  }
   T* packed = packed_;
   for (int64_t first = 0; first < width_; first += group_columns) {
     const int64_t columns = std::min(group_columns, width_ - first);
@@ -438,8 +552,6 @@ void PrincipalSubspace<T>::apply() {
       }
     }
   }
-  const int64_t grain =
-      std::max<int64_t>(1, (1 << 21) / (tile_points * size_ * width_));
   torch::stable::parallel_for(
       0, num_tiles_, grain, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
@@ -461,7 +573,9 @@ void PrincipalSubspace<T>::apply() {
 /// faster a step.
 template <typename T>
 void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
-  const int period = spread > 1000 ? 1 : spread > 30 ? 2 : 4;
+  // What drowns is what falls below the rounding of a column.
+  const double depth = pairs_ ? 1e2 : 2e3;
+  const int period = std::clamp<int>(std::log(depth) / std::log(spread), 1, 4);
   for (int step = 0; step < degree; ++step) {
     if (step > 0) {
       if (step % period == 0) {

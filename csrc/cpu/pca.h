@@ -41,10 +41,11 @@ class PrincipalSubspace {
   }
 
  private:
-  void form_covariance(const CenteredRows<T>& rows);
+  void form_covariance(const CenteredRows<T>& rows, bool coarse);
+  double variance() const;
+  void round_matrix();
   void form_gram(const CenteredRows<T>& rows);
   void mirror();
-  bool normalize_trace();
   bool iterate();
   void solve_fully();
   void sketch();
@@ -65,6 +66,7 @@ class PrincipalSubspace {
   int64_t num_tiles_; // of 64 columns of the matrix
   int64_t width_;     // columns of the block iterated on, or 0
   bool gram_;
+  bool pairs_;
   int64_t groups_;     // of rows, summed side by side
   int64_t chunk_rows_; // centred at a time
   int64_t stride_;     // of the centred rows
@@ -80,6 +82,10 @@ class PrincipalSubspace {
   T* product_;         // [num_tiles, width, 64]: matrix V
   T* rotated_;         // [num_tiles, width, 64]
   T* packed_;          // a block, packed for products with the matrix
+  // The same two as 16-bit integers, where there are products of these.
+  uint32_t* matrix_pairs_; // [num_tiles, size / 2, 64]
+  float matrix_factor_;
+  float* unscale_; // [width]
   T* packed_rotation_; // [width, width]
   double* small_gram_; // [width, width]: V^T V
   double* restricted_; // [width, width]: the matrix in the subspace of V

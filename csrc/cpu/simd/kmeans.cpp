@@ -419,7 +419,7 @@ class AssignPass {
       int64_t count) {
     const int64_t half = (task_.depth + 1) / 2;
     float squares[tile_points];
-    const float point_scale = round_to_pairs(points, stride, squares);
+    const float point_scale = round_tile(points, stride, squares);
     const float scale = point_scale * task_.pair_scale;
     NearestOf<int32_t> nearest;
     find_nearest(
@@ -488,7 +488,7 @@ class AssignPass {
   /// returns what the integers were scaled by. No length, and hence no product
   /// with a centre, exceeds 2^15 or 2^30; nor does the bias of a centre, as the
   /// scale is not larger than that of the centres.
-  float round_to_pairs(const float* points, int64_t stride, float* squares) {
+  float round_tile(const float* points, int64_t stride, float* squares) {
     const int64_t depth = task_.depth;
     float largest = task_.largest_center;
     for (int64_t i = 0; i < tile_points; i += lanes<float>) {
@@ -506,22 +506,7 @@ class AssignPass {
     const float length = __builtin_sqrtf(largest_square);
     largest = length > largest ? length : largest;
     const float scale = 32000 / largest;
-    const __m512 scales = _mm512_set1_ps(scale);
-    const __m512i low = _mm512_set1_epi32(0xffff);
-    for (int64_t k = 0; k < depth; k += 2) {
-      for (int64_t i = 0; i < tile_points; i += lanes<float>) {
-        const __m512i first = _mm512_cvtps_epi32(
-            _mm512_mul_ps(_mm512_loadu_ps(points + k * stride + i), scales));
-        const __m512i second = k + 1 < depth
-            ? _mm512_cvtps_epi32(_mm512_mul_ps(
-                  _mm512_loadu_ps(points + (k + 1) * stride + i), scales))
-            : _mm512_setzero_si512();
-        _mm512_storeu_si512(
-            pairs_ + k / 2 * tile_points + i,
-            _mm512_or_si512(
-                _mm512_and_si512(first, low), _mm512_slli_epi32(second, 16)));
-      }
-    }
+    round_to_pairs(points, stride, depth, scale, pairs_);
     return scale;
   }
 #endif

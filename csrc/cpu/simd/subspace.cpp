@@ -131,6 +131,173 @@ void inner_products(
   }
 }
 
+#if defined(__AVX512VNNI__)
+
+// -- Pairs of 16-bit integers ------------------------------------------------
+
+void center_pairs(
+    const float* rows,
+    int64_t n,
+    int64_t d,
+    const float* shift,
+    float scale,
+    float factor,
+    uint32_t* pairs,
+    int64_t stride) {
+  const auto rounded = [&](int64_t i, int64_t k) KDCI_ALWAYS_INLINE {
+    const __mmask16 inside = d - k < 16 ? (1 << (d - k)) - 1 : 0xffff;
+    if (i >= n) {
+      return _mm512_setzero_si512();
+    }
+    const Vec<float> row =
+        (Vec<float>)_mm512_maskz_loadu_ps(inside, rows + i * d + k);
+    const Vec<float> offset =
+        (Vec<float>)_mm512_maskz_loadu_ps(inside, shift + k);
+    return _mm512_cvtps_epi32((__m512)((row * scale - offset) * factor));
+  };
+  for (int64_t i = 0; i < n; i += 2) {
+    for (int64_t k = 0; k < d; k += lanes<float>) {
+      _mm512_storeu_si512(
+          pairs + i / 2 * stride + k,
+          join_pairs(rounded(i, k), rounded(i + 1, k)));
+    }
+  }
+}
+
+void add_pair_products(
+    const uint32_t* pairs,
+    int64_t n,
+    int64_t stride,
+    int64_t first,
+    int64_t last,
+    int64_t column,
+    int64_t count,
+    float factor,
+    float* tile,
+    bool accumulated) {
+  const float unit = 1 / (factor * factor);
+  for_blocks<float>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
+    for_groups(
+        last - first, [&](auto group, int64_t offset) KDCI_ALWAYS_INLINE {
+          constexpr int vectors = decltype(size)::value;
+          constexpr int width = decltype(group)::value;
+          Block<int32_t, width, vectors> block = {};
+          accumulate_pairs<width, vectors>(
+              pairs + column + i,
+              (n + 1) / 2,
+              pairs + first + offset,
+              block,
+              stride,
+              stride);
+          float* target = tile + (first + offset) * tile_points + i;
+#pragma GCC unroll 6
+          for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) {
+              float* to = target + c * tile_points + v * lanes<float>;
+              const Vec<float> sum =
+                  __builtin_convertvector(block[c][v], Vec<float>) * unit;
+              store(to, accumulated ? load(to) + sum : sum);
+            }
+          }
+        });
+  });
+}
+
+void round_pair_tile(
+    const float* tile,
+    int64_t depth,
+    float factor,
+    uint32_t* pairs) {
+  round_to_pairs(tile, tile_points, depth, factor, pairs);
+}
+
+void pack_pair_block(
+    const float* block,
+    int64_t num_tiles,
+    int64_t width,
+    int64_t size,
+    uint32_t* pairs,
+    float* unscale) {
+  const int64_t half = (size + 1) / 2;
+  for (int64_t first = 0; first < width; first += group_columns) {
+    const int64_t columns =
+        width - first < group_columns ? width - first : group_columns;
+    for (int64_t c = 0; c < columns; ++c) {
+      const float* column = block + (first + c) * tile_points;
+      Vec<float> squares = {};
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        for (int64_t i = 0; i < tile_points; i += lanes<float>) {
+          const Vec<float> value =
+              load(column + tile * width * tile_points + i);
+          squares += value * value;
+        }
+      }
+      float square = 0;
+      for (int64_t j = 0; j < lanes<float>; ++j) {
+        square += squares[j];
+      }
+      const float length = __builtin_sqrtf(square);
+      // A column that vanishes stays zero.
+      const float factor = length > 1e-30f ? 32000 / length : 0;
+      unscale[first + c] = length / 32000;
+      uint32_t* to = pairs + c;
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t left = size - tile * tile_points;
+        const int64_t count = left < tile_points ? left : tile_points;
+        for (int64_t i = 0; i < count; i += lanes<float>) {
+          const Vec<float> value =
+              load(column + tile * width * tile_points + i) * factor;
+          uint32_t lane_pairs[8];
+          _mm256_storeu_si256(
+              (__m256i*)lane_pairs,
+              _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)value)));
+          const int64_t used = (count - i + 1) / 2 < 8 ? (count - i + 1) / 2 : 8;
+          for (int64_t j = 0; j < used; ++j) {
+            *to = lane_pairs[j];
+            to += columns;
+          }
+        }
+      }
+    }
+    pairs += half * columns;
+  }
+}
+
+void project_pair_tile(
+    const uint32_t* tile,
+    int64_t count,
+    int64_t depth,
+    const uint32_t* columns,
+    int64_t q,
+    float factor,
+    const float* unscale,
+    float* projected) {
+  const int64_t half = (depth + 1) / 2;
+  for_blocks<float>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
+    for_groups(q, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
+      constexpr int vectors = decltype(size)::value;
+      constexpr int width = decltype(group)::value;
+      Block<int32_t, width, vectors> block = {};
+      accumulate_pairs<width, vectors>(
+          tile + i, half, columns + first * half, block);
+      float* target = projected + first * tile_points + i;
+#pragma GCC unroll 6
+      for (int c = 0; c < width; ++c) {
+        const float unit = factor * unscale[first + c];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          store(
+              target + c * tile_points + v * lanes<float>,
+              __builtin_convertvector(block[c][v], Vec<float>) * unit);
+        }
+      }
+    });
+  });
+}
+
+#endif
+
 template <typename T>
 constexpr SubspaceKernels<T> table = {
     project_tile<T>,
@@ -140,6 +307,17 @@ constexpr SubspaceKernels<T> table = {
 
 } // namespace
 
+#if defined(__AVX512VNNI__)
+extern const PairKernels pair_kernels = {
+    center_pairs,
+    add_pair_products,
+    round_pair_tile,
+    pack_pair_block,
+    project_pair_tile,
+};
+#else
+extern const PairKernels pair_kernels = {};
+#endif
 extern const SubspaceKernels<float> subspace_kernels_float = table<float>;
 extern const SubspaceKernels<double> subspace_kernels_double = table<double>;
 

@@ -65,6 +65,35 @@ KDCI_INLINE void accumulate(
 
 #if defined(__AVX512VNNI__)
 
+/// Two vectors of 16-bit integers as one of pairs, the first one low.
+KDCI_INLINE __m512i join_pairs(__m512i first, __m512i second) {
+  return _mm512_or_si512(
+      _mm512_and_si512(first, _mm512_set1_epi32(0xffff)),
+      _mm512_slli_epi32(second, 16));
+}
+
+/// pairs [(depth + 1) / 2][64] = coordinates 2k and 2k + 1 of points
+/// [depth][64], scaled and rounded; of all coordinates `stride` apart.
+KDCI_INLINE void round_to_pairs(
+    const float* points,
+    int64_t stride,
+    int64_t depth,
+    float scale,
+    uint32_t* pairs) {
+  const auto rounded = [&](int64_t k, int64_t i) KDCI_ALWAYS_INLINE {
+    return k < depth
+        ? _mm512_cvtps_epi32((__m512)(load(points + k * stride + i) * scale))
+        : _mm512_setzero_si512();
+  };
+  for (int64_t k = 0; k < depth; k += 2) {
+    for (int64_t i = 0; i < tile_points; i += lanes<float>) {
+      _mm512_storeu_si512(
+          pairs + k / 2 * tile_points + i,
+          join_pairs(rounded(k, i), rounded(k + 1, i)));
+    }
+  }
+}
+
 /// block += columns [half][width] . points [half][64], both of pairs of 16-bit
 /// integers.
 template <int width, int vectors>
@@ -72,7 +101,9 @@ KDCI_INLINE void accumulate_pairs(
     const uint32_t* points,
     int64_t half,
     const uint32_t* columns,
-    Block<int32_t, width, vectors>& block) {
+    Block<int32_t, width, vectors>& block,
+    int64_t points_stride = tile_points,
+    int64_t columns_stride = width) {
   for (int64_t k = 0; k < half; ++k) {
     __m512i point[vectors];
 #pragma GCC unroll 4
@@ -88,8 +119,8 @@ KDCI_INLINE void accumulate_pairs(
             (__m512i)block[c][v], point[v], column);
       }
     }
-    points += tile_points;
-    columns += width;
+    points += points_stride;
+    columns += columns_stride;
   }
 }
 
