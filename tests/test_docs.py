@@ -12,7 +12,7 @@ import torch
 
 import kdci_ext
 
-MODULES = ["", "._load", ".functional", ".modules"]
+MODULES = ["", "._load", ".functional", ".modules", ".streaming"]
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
