@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from kdci_ext import _checks, functional
+from kdci_ext import _checks, functional, reference
 from kdci_ext.dictionary import ConfounderDictionary
 from kdci_ext.functional import Backend, Seeding
 from kdci_ext.reference import accumulate_dtype
@@ -226,11 +226,14 @@ def _farthest(
     count: int, distances: Tensor, rows: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the ``count`` rows of the largest distances, earlier ones first where they are equal."""
-    order = distances.sort(descending=True, stable=True).indices[:count]
+    candidates = torch.arange(len(distances), device=distances.device)
+    if len(distances) > count:  # sorting them all would take longer than the rest of a block
+        candidates = (distances >= distances.topk(count).values[-1]).nonzero()[:, 0]
+    order = candidates[distances[candidates].sort(descending=True, stable=True).indices[:count]]
     missing = count - len(order)
     return (
         F.pad(distances[order], (0, missing)),
-        F.pad(rows[order], (0, 0, 0, missing)),
+        F.pad(rows[order].double(), (0, 0, 0, missing)),
         F.pad(labels[order], (0, missing)),
     )
 
@@ -261,7 +264,11 @@ def column_moments(features: Tensor) -> ColumnMoments:
 
 
 def partial_sums(
-    features: Tensor, prototypes: Tensor, subspace: PrincipalSubspace
+    features: Tensor,
+    prototypes: Tensor,
+    subspace: PrincipalSubspace,
+    *,
+    backend: Backend = "auto",
 ) -> tuple[PartialSums, Tensor]:
     """Assign a shard's rows to their nearest prototypes and sum them up.
 
@@ -269,6 +276,9 @@ def partial_sums(
         features: Rows [m, d], float32, float64, bfloat16 or float16; m may be 0.
         prototypes: Current prototypes, [K, d], in the space of ``features``.
         subspace: Where distances are measured; from :meth:`ColumnMoments.principal_subspace`.
+        backend: ``"native"`` is a C++ operator for CPU tensors, which measures distances in float32
+            for float32 and narrower features; ``"reference"`` the plain PyTorch of
+            :mod:`kdci_ext.reference`, in float64, which also serves other devices.
 
     Returns:
         The shard's sums, and the label of each row, [m] int64. Of equally near prototypes a row
@@ -277,6 +287,7 @@ def partial_sums(
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape or device.
+        RuntimeError: For ``backend="native"`` where there is no native kernel.
 
     Example:
         >>> rows = torch.tensor([[0.0], [1.0], [10.0]])
@@ -293,48 +304,27 @@ def partial_sums(
     _checks.same_device(
         {"features": features, "prototypes": prototypes, "subspace.mean": subspace.mean}
     )
-    rows, num_prototypes = features.detach().double(), len(prototypes)
-    labels, distances = _assign(
-        subspace.project(rows), subspace.project(prototypes.detach()), subspace.mean
+    rows, num_prototypes = features.detach(), len(prototypes)
+    native = functional._use_native(backend, rows.device)
+    if backend == "native" and rows.device.type != "cpu":
+        raise RuntimeError(
+            "backend='native' cannot be used: shards have a native kernel on the CPU alone"
+        )
+    assign_rows = (
+        torch.ops.kdci_ext.assign_rows.default
+        if native and rows.device.type == "cpu"
+        else reference.assign_rows
+    )
+    labels, distances, by_label = assign_rows(
+        rows, subspace.mean, subspace.basis, subspace.project(prototypes.detach())
     )
     sums = PartialSums(
-        _sum_by_label(rows, labels, num_prototypes),
+        by_label,
         torch.bincount(labels, minlength=num_prototypes),
         distances.sum(),
         *_farthest(num_prototypes, distances, rows, labels),
     )
     return sums, labels
-
-
-def _assign(points: Tensor, centers: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the nearest of ``centers`` [K, q] to each of ``points`` [m, q], both float64.
-
-    Returns labels [m] and squared distances [m].
-    """
-    half_squares = centers.square().sum(1) / 2
-    # Half the squared distance less that of the origin: one matrix product.
-    scores = torch.addmm(half_squares, points, centers.T, alpha=-1)
-    least, labels = scores.min(1)
-    squares = points.square().sum(1)
-    # What the product's rounding may have confused is told apart by differences.
-    slack = 1e-12 * (squares + half_squares[labels])
-    unsure = (scores <= (least + slack)[:, None]).sum(1) > 1
-    close = points[unsure]
-    if len(close) > 0:
-        exact = torch.stack([(close - center).square().sum(1) for center in centers], 1)
-        labels[unsure] = exact.argmin(1)
-    distances = (points - centers[labels]).square().sum(1)
-    # A row that is its own centre is at distance 0, which the projections' rounding hides.
-    rounding = 1e-26 * (squares + mean.square().sum())
-    return labels, torch.where(distances > rounding, distances, 0.0)
-
-
-def _sum_by_label(rows: Tensor, labels: Tensor, num_prototypes: int) -> Tensor:
-    """Sums [K, d] of the rows of each label, in the same order every time."""
-    if rows.device.type == "cpu":
-        return rows.new_zeros(num_prototypes, rows.shape[1]).index_add_(0, labels, rows)
-    members = torch.arange(num_prototypes, device=rows.device)[:, None] == labels
-    return members.to(rows.dtype) @ rows
 
 
 def _is_array(value: object) -> bool:
@@ -420,6 +410,8 @@ class _Blocks:
             )
         if len(chunk.shape) != 2:
             raise ValueError(f"{name} must have shape [{rows}, d], got {list(chunk.shape)}")
+        if chunk.shape[1] == 0:
+            raise ValueError(f"{name} must have columns, got shape {list(chunk.shape)}")
         for start in range(0, chunk.shape[0], self.block_rows):
             yield _as_tensor(name, chunk[start : start + self.block_rows], rows)
 
@@ -528,7 +520,7 @@ def stream_confounder_dictionary(
         chunk_rows: Rows worked on at a time.
         sample_rows: Rows in the sample, at least K.
         device: Where to compute, and where the result lies; by default where the chunks are.
-        backend: As for :func:`build_confounder_dictionary`.
+        backend: As for :func:`partial_sums`; the sample is clustered with it too.
 
     Returns:
         The dictionary, with the labels of all rows in the order of the source. It is that of
@@ -539,6 +531,7 @@ def stream_confounder_dictionary(
             once.
         ValueError: For a wrong shape, device or range; for a source that is empty, not finite, or
             not the same in each pass; for chunks of different widths or types.
+        RuntimeError: For ``backend="native"`` where there is no native kernel.
 
     Example:
         >>> chunks = [torch.randn(100, 10) for _ in range(5)]
@@ -567,8 +560,6 @@ def stream_confounder_dictionary(
 
     moments, sample = _measure(blocks, sample_rows, generator, initial_prototypes is None)
     n, d = blocks.n, len(moments.mean)
-    if d == 0:
-        raise ValueError(f"source must not be empty, got shape [{n}, 0]")
     if num_prototypes > n:
         raise ValueError(f"num_prototypes={num_prototypes} must be <= the number of rows, {n}")
     num_components = functional._num_components(pca_components, num_prototypes, d)
@@ -586,19 +577,20 @@ def stream_confounder_dictionary(
         ).prototypes
     _checks.size("initial_prototypes", initial_prototypes, 1, d, "number of feature columns")
     prototypes = initial_prototypes.detach().to(sample.device, torch.float64)
+    dtype = accumulate_dtype(sample)
+    del sample
 
-    labels = torch.full((n,), -1, dtype=torch.int64, device=sample.device)
+    labels = torch.full((n,), -1, dtype=torch.int64, device=prototypes.device)
     for iteration in range(1, max_iter + 1):
-        total, moved = _assign_all(blocks, prototypes, subspace, labels)
+        total, moved = _assign_all(blocks, prototypes, subspace, labels, backend)
         if not moved:
             break
         previous, prototypes = prototypes, total.means(prototypes)
         shift = (subspace.project(prototypes) - subspace.project(previous)).square().sum()
         if bool(shift <= tol * subspace.variance) or iteration == max_iter:
-            total, _ = _assign_all(blocks, prototypes, subspace, labels)
+            total, _ = _assign_all(blocks, prototypes, subspace, labels, backend)
             break
 
-    dtype = accumulate_dtype(sample)
     counts = total.counts[:, None]
     return ConfounderDictionary(
         torch.where(counts > 0, total.sums / counts.clamp(min=1), subspace.mean).to(dtype),
@@ -628,13 +620,17 @@ def _measure(
 
 
 def _assign_all(
-    blocks: _Blocks, prototypes: Tensor, subspace: PrincipalSubspace, labels: Tensor
+    blocks: _Blocks,
+    prototypes: Tensor,
+    subspace: PrincipalSubspace,
+    labels: Tensor,
+    backend: Backend,
 ) -> tuple[PartialSums, bool]:
     """Make a pass that brings ``labels`` up to date; say what the sums are, and if any changed."""
     total = None
     moved = torch.zeros((), dtype=torch.bool, device=labels.device)
     for first, block in blocks:
-        sums, assigned = partial_sums(block, prototypes, subspace)
+        sums, assigned = partial_sums(block, prototypes, subspace, backend=backend)
         total = sums if total is None else total + sums
         previous = labels[first : first + len(block)]
         moved |= (assigned != previous).any()
