@@ -105,8 +105,10 @@ def test_block_size_shows_in_rounding_alone(features, data):
         torch.testing.assert_close(
             getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-14 * scale
         )
+    # In float32 a last digit of the mean may show.
+    digits = 1e-6 if options["backend"] == "native" else 1e-12
     assert float(one.inertia) == pytest.approx(
-        float(other.inertia), rel=1e-12, abs=1e-26 * n * scale**2
+        float(other.inertia), rel=digits, abs=digits**2 * n * scale**2
     )
 
 
@@ -142,7 +144,9 @@ def test_memory_holds_one_chunk():
 
 @given(feature_rows(WIDE), st.data())
 def test_same_start_gives_the_result_in_memory(features, data):
-    """From equal prototypes the iterations are those of the reference, cluster for cluster."""
+    """From equal prototypes the iterations lead where those of the reference lead. Among duplicates
+    a surplus centre may win a row by rounding there: compare what each row is assigned.
+    """
     n, d = features.shape
     features = features.double()
     num_prototypes = data.draw(st.integers(1, min(n, 10)))
@@ -154,7 +158,6 @@ def test_same_start_gives_the_result_in_memory(features, data):
     backend = data.draw(st.sampled_from(BACKENDS))
     got = stream(features, num_prototypes, chunk_rows=30, backend=backend, **options)
     scale = float(features.abs().max())
-    assert_same_partition(got.labels, exact.labels)
     torch.testing.assert_close(
         got.prototypes[got.labels], exact.prototypes[exact.labels], rtol=1e-9, atol=1e-12 * scale
     )
@@ -341,11 +344,11 @@ def test_operator_matches_the_reference(features, data):
     labels, distances, sums = torch.ops.kdci_ext.assign_rows(*inputs)
     _, nearest, _ = reference.assign_rows(*inputs)
 
-    squares = (subspace.project(features)[:, None] - centers).square().sum(2)
+    exact = (subspace.project(features) - centers[labels]).square().sum(1)
     scale = float(features.abs().max())
-    slack = {"rtol": 1e-5, "atol": 1e-9 * scale**2}
-    torch.testing.assert_close(distances, squares.gather(1, labels[:, None])[:, 0], **slack)
-    torch.testing.assert_close(distances, nearest, **slack)
+    slack = {"rtol": 1e-5, "atol": 2e-5 * scale * d**0.5}
+    torch.testing.assert_close(distances.sqrt(), exact.sqrt(), **slack)
+    torch.testing.assert_close(distances.sqrt(), nearest.sqrt(), **slack)
     expected = sums.new_zeros(sums.shape).index_add_(0, labels, features.double())
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-14 * n * scale)
 

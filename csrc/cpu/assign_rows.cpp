@@ -21,7 +21,7 @@ namespace kdci {
 namespace {
 
 // So many tiles at most are in work at once.
-constexpr int64_t max_parts = 64;
+constexpr int64_t max_parts = 32;
 constexpr int64_t column_block = 128;
 
 /// The arguments and results of the operator, contiguous.
@@ -57,6 +57,8 @@ struct Buffers {
     centers = arena.take<T>(q * problem.num_centers);
     packed_centers = arena.take<T>(q * problem.num_centers);
     centered = arena.take<T>(parts * d * tile_points);
+    scratch_size = kmeans_kernels<T>().assign_scratch(q);
+    scratch = arena.take<T>(parts * scratch_size);
     if (problem.basis != nullptr) {
       basis = arena.take<T>(d * q);
       packed_basis = arena.take<T>(d * q);
@@ -65,13 +67,15 @@ struct Buffers {
   }
 
   int64_t parts;
-  double* column_sums;       // [parts, d]
-  T* low;                    // [parts, d]
-  T* high;                   // [parts, d]
-  T* shift;                  // [d], mean * scale
-  T* centers;                // [q, K]
-  T* packed_centers;         // [q, K]
-  T* centered;               // [parts, d, 64]
+  double* column_sums; // [parts, d]
+  T* low;              // [parts, d]
+  T* high;             // [parts, d]
+  T* shift;            // [d], mean * scale
+  T* centers;          // [q, K]
+  T* packed_centers;   // [q, K]
+  T* centered;         // [parts, d, 64]
+  int64_t scratch_size;
+  T* scratch;                // [parts, scratch_size]
   T* basis = nullptr;        // [d, q]
   T* packed_basis = nullptr; // [d, q]
   T* projected = nullptr;    // [parts, q, 64]
@@ -87,7 +91,25 @@ void for_parts(int64_t count, int64_t parts, const Body& body) {
   });
 }
 
-/// The power of two that brings the centred rows to a size of about 1.
+/// The largest coordinate of the centre that is nearest to the mean; of those
+/// that are not the mean, if `elsewhere`.
+template <typename T>
+double nearest_center(const Problem<T>& problem, bool elsewhere) {
+  double nearest = std::numeric_limits<double>::infinity();
+  for (int64_t c = 0; c < problem.num_centers; ++c) {
+    double largest = 0;
+    for (int64_t j = 0; j < problem.q; ++j) {
+      largest = std::max(largest, std::abs(problem.centers[c * problem.q + j]));
+    }
+    if (largest > 0 || !elsewhere) {
+      nearest = std::min(nearest, largest);
+    }
+  }
+  return nearest;
+}
+
+/// The power of two that brings the centred rows, and the centres that can be
+/// near to one, to a size of about 1.
 template <typename T>
 double find_scale(const Problem<T>& problem, const Buffers<T>& buffers) {
   const int64_t d = problem.d;
@@ -114,10 +136,14 @@ double find_scale(const Problem<T>& problem, const Buffers<T>& buffers) {
         std::max({largest, mean - buffers.low[i], buffers.high[i] - mean});
     largest_mean = std::max(largest_mean, std::abs(mean));
   }
+  largest = std::max(largest, nearest_center(problem, false));
+  if (largest == 0) {
+    largest = nearest_center(problem, true);
+  }
   // What is constant may be much larger, and must not overflow.
   constexpr int range = std::numeric_limits<T>::max_exponent / 2;
   int exponent = 0;
-  if (largest > 0) {
+  if (std::isfinite(largest)) {
     std::frexp(std::max(largest, std::ldexp(largest_mean, -range)), &exponent);
   }
   return std::ldexp(
@@ -197,21 +223,21 @@ void assign_tile(
   }
   int64_t* labels = problem.labels + first;
   std::fill_n(labels, count, 0);
-  int32_t previous[tile_points];
   uint64_t moved;
   // By differences: the products' rounding would confuse close centres.
+  Assignment<T> task{};
+  task.tiles = points;
+  task.n = count;
+  task.depth = q;
+  task.num_centers = problem.num_centers;
+  task.columns = buffers.packed_centers;
+  task.labels = labels;
+  task.moved = &moved;
   kmeans_kernels<T>().assign_tiles(
-      points,
-      q,
-      0,
-      1,
-      count,
-      buffers.packed_centers,
-      nullptr,
-      problem.num_centers,
-      labels,
-      previous,
-      &moved);
+      task, 0, 1, buffers.scratch + part * buffers.scratch_size);
+  for (int64_t i = 0; i < count; ++i) {
+    labels[i] &= 0xffffffff;
+  }
   double squares[tile_points] = {};
   double distances[tile_points] = {};
   for (int64_t j = 0; j < q; ++j) {
