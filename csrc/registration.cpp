@@ -17,6 +17,16 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "Tensor inertia, "     // [] float64
       "Tensor num_iter)");   // [] int64
   m.def(
+      "assign_rows("
+      "Tensor features, " // [m, d]
+      "Tensor mean, "     // [d]
+      "Tensor? basis, "   // [d, q]
+      "Tensor centers"    // [K, q]
+      ") -> ("
+      "Tensor labels, "    // [m] int64
+      "Tensor distances, " // [m] float64
+      "Tensor sums)");     // [K, d] float64
+  m.def(
       "compensate("
       "Tensor logits, "                // [B, d]
       "Tensor prototypes, "            // [K, d]

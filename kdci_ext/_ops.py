@@ -44,6 +44,17 @@ def _fake_confounder_dictionary(
     )
 
 
+def _fake_assign_rows(
+    features: Tensor, mean: Tensor, basis: Tensor | None, centers: Tensor
+) -> tuple[Tensor, ...]:
+    rows, columns = features.shape
+    return (
+        features.new_empty(rows, dtype=torch.int64),
+        features.new_empty(rows, dtype=torch.float64),
+        features.new_empty((centers.shape[0], columns), dtype=torch.float64),
+    )
+
+
 def _fake_compensate(
     logits: Tensor,
     prototypes: Tensor,
@@ -185,6 +196,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> Grads:
 if _load.native_available():
     _register_fake = torch.library.register_fake
     _register_fake("kdci_ext::confounder_dictionary", _fake_confounder_dictionary)
+    _register_fake("kdci_ext::assign_rows", _fake_assign_rows)
     _register_fake("kdci_ext::compensate", _fake_compensate)
     _register_fake("kdci_ext::compensate_backward", _fake_compensate_backward)
     _register_fake("kdci_ext::compensated_kd_loss", _fake_compensated_kd_loss)

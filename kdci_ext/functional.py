@@ -116,14 +116,7 @@ def confounder_dictionary(
         raise ValueError(
             f"num_prototypes={num_prototypes} must be <= the number of feature rows, {n}"
         )
-    if pca_components == "auto":
-        num_components = min(d, max(1, num_prototypes - 1))
-    else:
-        num_components = _checks.positive_int("pca_components", pca_components)
-        if num_components > d:
-            raise ValueError(
-                f"pca_components={num_components} must be <= the number of feature columns, {d}"
-            )
+    num_components = _num_components(pca_components, num_prototypes, d)
     _checks.choice("init", init, ("greedy", "plain"))
     _checks.positive_int("max_iter", max_iter)
     _checks.finite_float("tol", tol)
@@ -160,6 +153,18 @@ def confounder_dictionary(
     if check_finite and math.isnan(dictionary.inertia.item()):
         _raise_not_finite(features)
     return dictionary
+
+
+def _num_components(pca_components: int | Literal["auto"], num_prototypes: int, d: int) -> int:
+    """Resolve ``pca_components`` for rows of width d."""
+    if pca_components == "auto":
+        return min(d, max(1, num_prototypes - 1))
+    num_components = _checks.positive_int("pca_components", pca_components)
+    if num_components > d:
+        raise ValueError(
+            f"pca_components={num_components} must be <= the number of feature columns, {d}"
+        )
+    return num_components
 
 
 def _raise_not_finite(features: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["compensate", "compensated_kd_loss", "confounder_dictionary"]
+__all__ = ["assign_rows", "compensate", "compensated_kd_loss", "confounder_dictionary"]
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -180,6 +180,42 @@ def _relocate_empty(labels: Tensor, own: Tensor, num_prototypes: int) -> Tensor:
     members = labels.clone()
     members[farthest] = empty[: len(farthest)]
     return members
+
+
+def assign_rows(
+    features: Tensor, mean: Tensor, basis: Tensor | None, centers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Assign rows to the nearest centres, and sum them up; see ``streaming.partial_sums``.
+
+    Args:
+        features: Rows [m, d], any floating type.
+        mean: Point of the rows' space that is the origin of the centres', [d] float64.
+        basis: Directions to project on, [d, q] float64, or None for q = d.
+        centers: Centres [K, q] float64.
+
+    Returns:
+        labels [m] int64, of equally near centres the lowest index; squared distances [m] float64,
+        0 where rounding alone can be the cause; and the sums [K, d] float64 of each label's rows.
+    """
+    rows = features.double()
+    points = rows - mean if basis is None else (rows - mean) @ basis
+    half_squares = centers.square().sum(1) / 2
+    # Half the squared distance less that of the origin: one matrix product.
+    scores = torch.addmm(half_squares, points, centers.T, alpha=-1)
+    least, labels = scores.min(1)
+    squares = points.square().sum(1)
+    # What the product's rounding may have confused is told apart by differences.
+    slack = 1e-12 * (squares + half_squares[labels])
+    unsure = (scores <= (least + slack)[:, None]).sum(1) > 1
+    labels[unsure] = _squared_distances(points[unsure], centers).argmin(1)
+    distances = (points - centers[labels]).square().sum(1)
+    rounding = (64 * torch.finfo(torch.float64).eps) ** 2 * (squares + mean.square().sum())
+    if rows.device.type == "cpu":
+        sums = rows.new_zeros(len(centers), rows.shape[1]).index_add_(0, labels, rows)
+    else:  # there index_add_ adds in an order that changes
+        members = torch.arange(len(centers), device=rows.device)[:, None] == labels
+        sums = members.to(rows.dtype) @ rows
+    return labels, torch.where(distances > rounding, distances, 0.0), sums
 
 
 def compensate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import operator
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 import kdci_ext
 
-MODULES = ["", "._load", ".functional", ".modules"]
+MODULES = ["", "._load", ".functional", ".modules", ".streaming"]
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
@@ -41,7 +42,12 @@ def test_public_names_are_documented():
     """Everything exported carries a docstring; functions say what they return."""
     for name in kdci_ext.__all__:
         assert getattr(kdci_ext, name).__doc__, name
-    for name in ("compensate", "compensated_kd_loss", "confounder_dictionary"):
-        doc = getattr(kdci_ext.functional, name).__doc__
+    functions = [
+        *("functional.compensate", "functional.compensated_kd_loss"),
+        *("functional.confounder_dictionary", "streaming.stream_confounder_dictionary"),
+        *("streaming.column_moments", "streaming.partial_sums"),
+    ]
+    for name in functions:
+        doc = operator.attrgetter(name)(kdci_ext).__doc__
         for section in ("Args:", "Returns:", "Raises:", "Example:"):
             assert section in doc, (name, section)

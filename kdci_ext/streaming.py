@@ -1,0 +1,639 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Confounder dictionaries of features that do not fit in memory, or lie in several processes.
+
+:func:`stream_confounder_dictionary` reads its rows several times, a block at a time. It is made of
+two sums over rows, which are public because sums of shards can be added: :func:`column_moments`
+yields the principal subspace, :func:`partial_sums` one Lloyd iteration. A dictionary of rows that
+several processes hold is then
+
+>>> rows = torch.randn(512, 10)
+>>> prototypes = rows[:8].double()  # the same on all processes
+>>> shards = rows.split(300)  # each on a process of its own
+>>> moments = column_moments(shards[0]) + column_moments(shards[1])
+>>> subspace = moments.principal_subspace(7)
+>>> for _ in range(20):
+...     sums = [partial_sums(shard, prototypes, subspace)[0] for shard in shards]
+...     total = sums[0] + sums[1]
+...     prototypes = total.means(prototypes)
+>>> proportions = total.counts / total.counts.sum()
+
+where each process adds the others' with ``all_reduce()`` of :mod:`torch.distributed`:
+``column_moments(shard).all_reduce()``, ``partial_sums(...)[0].all_reduce()``.
+
+Sums and distances are in float64, so that rounding, and with it the order in which sums are added,
+hardly ever shows in a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional as F
+
+from kdci_ext import _checks, functional, reference
+from kdci_ext.dictionary import ConfounderDictionary
+from kdci_ext.functional import Backend, Seeding
+from kdci_ext.reference import accumulate_dtype
+
+__all__ = [
+    "ColumnMoments",
+    "PartialSums",
+    "PrincipalSubspace",
+    "column_moments",
+    "partial_sums",
+    "stream_confounder_dictionary",
+]
+
+# As many rows are compared between passes, to notice a source that shuffles.
+_OPENING_ROWS = 64
+
+
+@dataclass(frozen=True)
+class PrincipalSubspace:
+    """The space that rows are clustered in.
+
+    Attributes:
+        mean: Column means of all rows, [d] float64.
+        basis: Orthonormal leading principal directions, [d, q] float64, or None for all of
+            them, where a projection would only rotate.
+        variance: Mean variance of the projected columns, [] float64.
+    """
+
+    mean: Tensor
+    basis: Tensor | None
+    variance: Tensor
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Return the coordinates [m, q] float64 of ``rows`` [m, d]."""
+        centered = rows.double() - self.mean
+        return centered if self.basis is None else centered @ self.basis
+
+
+@dataclass(frozen=True)
+class ColumnMoments:
+    """Count, means and scatter of rows; those of two sets of rows add up with ``+``.
+
+    Attributes:
+        count: Number of rows, [] int64.
+        mean: Column means, [d] float64; 0 without rows.
+        scatter: Sum over the rows of the outer products of their offsets from ``mean``, [d, d]
+            float64: ``count`` times the covariance.
+    """
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    def __add__(self, other: ColumnMoments) -> ColumnMoments:
+        # Chan, Golub & LeVeque: unlike sums of squares, this loses nothing to far-off means.
+        count = self.count + other.count
+        offset = other.mean - self.mean
+        share = other.count.double() / count.clamp(min=1)
+        between = torch.outer(offset, offset * (self.count * share))
+        return ColumnMoments(
+            count, self.mean + share * offset, self.scatter + other.scatter + between
+        )
+
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> ColumnMoments:
+        """Return the moments of all processes' rows; every process of ``group`` must call it."""
+        count = self.count.clone()
+        distributed.all_reduce(count, group=group)
+        mean = self.mean * (self.count.double() / count.clamp(min=1))
+        distributed.all_reduce(mean, group=group)
+        offset = self.mean - mean
+        scatter = self.scatter + torch.outer(offset, offset * self.count)
+        distributed.all_reduce(scatter, group=group)
+        return ColumnMoments(count, mean, scatter)
+
+    def principal_subspace(self, num_components: int) -> PrincipalSubspace:
+        """Return the space of most variance.
+
+        Args:
+            num_components: q, 1 <= q <= d; with q = d the rows are centred alone.
+
+        Returns:
+            The subspace. It is as definite as the q-th eigenvalue of the covariance is different
+            from the next.
+
+        Raises:
+            ValueError: For a wrong number of components, and where the moments are of no rows or
+                not finite.
+
+        Example:
+            >>> column_moments(torch.randn(64, 10)).principal_subspace(3).basis.shape
+            torch.Size([10, 3])
+        """
+        d = len(self.mean)
+        num_components = functional._num_components(num_components, 1, d)
+        count = int(self.count)
+        if count == 0:
+            raise ValueError("the moments are of no rows: there is no subspace to choose")
+        if not bool(torch.isfinite(self.scatter).all()):
+            raise ValueError("features are too large: sums of their squares overflow float64")
+        if num_components == d:
+            variances, basis = self.scatter.diagonal(), None
+        else:
+            variances, directions = torch.linalg.eigh(self.scatter)
+            basis = directions[:, -num_components:].contiguous()
+        variance = variances[-num_components:].clamp(min=0).mean() / count
+        return PrincipalSubspace(self.mean, basis, variance)
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """What one Lloyd iteration needs to know of some rows; add those of others with ``+``.
+
+    All shapes are the same for any number of rows, so that the fields can be exchanged between
+    processes one by one.
+
+    Attributes:
+        sums: Sums of the original rows of each cluster, [K, d] float64.
+        counts: Rows in each cluster, [K] int64.
+        inertia: Sum of squared distances to the nearest centres in the clustered space, [] float64.
+        far_distances: Squared distances of the K rows farthest from their centres, [K] float64,
+            descending; 0 fills up where there are fewer rows.
+        far_rows: These rows, [K, d] float64: where an empty cluster goes.
+        far_labels: Their clusters, [K] int64.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    inertia: Tensor
+    far_distances: Tensor
+    far_rows: Tensor
+    far_labels: Tensor
+
+    def __add__(self, other: PartialSums) -> PartialSums:
+        return PartialSums(
+            self.sums + other.sums,
+            self.counts + other.counts,
+            self.inertia + other.inertia,
+            *_farthest(
+                len(self.counts),
+                torch.cat([self.far_distances, other.far_distances]),
+                torch.cat([self.far_rows, other.far_rows]),
+                torch.cat([self.far_labels, other.far_labels]),
+            ),
+        )
+
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> PartialSums:
+        """Return the sums over all processes' rows; every process of ``group`` must call it."""
+        sums, counts, inertia = self.sums.clone(), self.counts.clone(), self.inertia.clone()
+        for total in (sums, counts, inertia):
+            distributed.all_reduce(total, group=group)
+        far = (self.far_distances, self.far_rows, self.far_labels)
+        distances, rows, labels = (torch.cat(_gathered(value, group)) for value in far)
+        kept = _farthest(len(counts), distances, rows, labels)
+        return PartialSums(sums, counts, inertia, *kept)
+
+    def means(self, prototypes: Tensor) -> Tensor:
+        """Return the prototypes of the next iteration.
+
+        Each is the mean of its rows. Empty clusters, in order, take the rows farthest from their
+        centres; where all rows are at their centres an empty cluster stays.
+
+        Args:
+            prototypes: Those that the rows were assigned to, [K, d].
+
+        Returns:
+            [K, d] float64.
+        """
+        sums, counts = self.sums.clone(), self.counts.clone()
+        empty = (counts == 0).nonzero()[:, 0]
+        empty = empty[self.far_distances[: len(empty)] > 0]
+        rows, donors = self.far_rows[: len(empty)], self.far_labels[: len(empty)]
+        sums.index_add_(0, donors, rows, alpha=-1)
+        counts -= torch.bincount(donors, minlength=len(counts))
+        sums[empty] = rows
+        counts[empty] = 1
+        return torch.where(
+            counts[:, None] > 0, sums / counts[:, None].clamp(min=1), prototypes.double()
+        )
+
+
+def _gathered(value: Tensor, group: distributed.ProcessGroup | None) -> list[Tensor]:
+    parts = [torch.empty_like(value) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, value, group=group)
+    return parts
+
+
+def _farthest(
+    count: int, distances: Tensor, rows: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the ``count`` rows of the largest distances, earlier ones first where they are equal."""
+    candidates = torch.arange(len(distances), device=distances.device)
+    if len(distances) > count:  # sorting them all would take longer than the rest of a block
+        candidates = (distances >= distances.topk(count).values[-1]).nonzero()[:, 0]
+    order = candidates[distances[candidates].sort(descending=True, stable=True).indices[:count]]
+    missing = count - len(order)
+    return (
+        F.pad(distances[order], (0, missing)),
+        F.pad(rows[order].double(), (0, 0, 0, missing)),
+        F.pad(labels[order], (0, missing)),
+    )
+
+
+def column_moments(features: Tensor) -> ColumnMoments:
+    """Sum up the first and second moments of a shard's columns.
+
+    Args:
+        features: Rows [m, d], float32, float64, bfloat16 or float16; m may be 0.
+
+    Returns:
+        The moments, on the device of ``features``.
+
+    Raises:
+        TypeError: For features of the wrong type.
+        ValueError: For features of a wrong shape.
+
+    Example:
+        >>> whole = torch.randn(100, 4)
+        >>> moments = column_moments(whole[:70]) + column_moments(whole[70:])
+        >>> torch.testing.assert_close(moments.mean.float(), whole.mean(0))
+    """
+    rows = _checks.tensor("features", features, ("m", "d")).detach().double()
+    count = torch.tensor(len(rows), device=rows.device)
+    mean = rows.sum(0) / count.clamp(min=1)
+    centered = rows - mean
+    return ColumnMoments(count, mean, centered.T @ centered)
+
+
+def partial_sums(
+    features: Tensor,
+    prototypes: Tensor,
+    subspace: PrincipalSubspace,
+    *,
+    backend: Backend = "auto",
+) -> tuple[PartialSums, Tensor]:
+    """Assign a shard's rows to their nearest prototypes and sum them up.
+
+    Args:
+        features: Rows [m, d], float32, float64, bfloat16 or float16; m may be 0.
+        prototypes: Current prototypes, [K, d], in the space of ``features``.
+        subspace: Where distances are measured; from :meth:`ColumnMoments.principal_subspace`.
+        backend: ``"native"`` is a C++ operator for CPU tensors, which measures distances in float32
+            for float32 and narrower features; ``"reference"`` the plain PyTorch of
+            :mod:`kdci_ext.reference`, in float64, which also serves other devices.
+
+    Returns:
+        The shard's sums, and the label of each row, [m] int64. Of equally near prototypes a row
+        takes the one of the lowest index.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: For a wrong shape or device.
+        RuntimeError: For ``backend="native"`` where there is no native kernel.
+
+    Example:
+        >>> rows = torch.tensor([[0.0], [1.0], [10.0]])
+        >>> subspace = column_moments(rows).principal_subspace(1)
+        >>> sums, labels = partial_sums(rows, rows[[0, 2]], subspace)
+        >>> labels.tolist(), sums.counts.tolist(), sums.means(rows[[0, 2]]).tolist()
+        ([0, 0, 1], [2, 1], [[0.5], [10.0]])
+    """
+    _checks.tensor("features", features, ("m", "d"))
+    _checks.not_empty("prototypes", _checks.tensor("prototypes", prototypes, ("K", "d")))
+    d = features.shape[1]
+    _checks.size("prototypes", prototypes, 1, d, "number of columns of features")
+    _checks.size("subspace.mean", subspace.mean, 0, d, "number of columns of features")
+    _checks.same_device(
+        {"features": features, "prototypes": prototypes, "subspace.mean": subspace.mean}
+    )
+    rows, num_prototypes = features.detach(), len(prototypes)
+    native = functional._use_native(backend, rows.device)
+    if backend == "native" and rows.device.type != "cpu":
+        raise RuntimeError(
+            "backend='native' cannot be used: shards have a native kernel on the CPU alone"
+        )
+    assign_rows = (
+        torch.ops.kdci_ext.assign_rows.default
+        if native and rows.device.type == "cpu"
+        else reference.assign_rows
+    )
+    labels, distances, by_label = assign_rows(
+        rows, subspace.mean, subspace.basis, subspace.project(prototypes.detach())
+    )
+    sums = PartialSums(
+        by_label,
+        torch.bincount(labels, minlength=num_prototypes),
+        distances.sum(),
+        *_farthest(num_prototypes, distances, rows, labels),
+    )
+    return sums, labels
+
+
+def _is_array(value: object) -> bool:
+    """Whether this is a tensor, a NumPy array or memmap, or alike (HDF5, Zarr)."""
+    return hasattr(value, "shape") and hasattr(value, "__getitem__")
+
+
+class _Blocks:
+    """The rows of a source, in blocks whose size does not depend on how the source cuts them.
+
+    Each iteration is a pass over the source. The first one finds n, d and the type of the rows;
+    later ones check that they get the same rows again.
+    """
+
+    def __init__(self, source: Any, block_rows: int, device: torch.device | str | None) -> None:
+        if isinstance(source, Iterator):
+            raise TypeError(
+                f"source is a {type(source).__name__}, which can be read only once, but several "
+                "passes are made: give an array, a list, a DataLoader, or a function that returns "
+                "a new iterator each time"
+            )
+        self.source = source
+        self.is_array = _is_array(source)
+        if not (self.is_array or isinstance(source, Iterable) or callable(source)):
+            raise TypeError(
+                "source must be a tensor or array [n, d], an iterable of [m, d] chunks (wrap a "
+                f"dataset in a DataLoader), or a function that returns one, got "
+                f"{type(source).__name__}"
+            )
+        self.block_rows = block_rows
+        self.device = device
+        self.n = -1  # until the first pass is over
+        self.opening: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of each block's first row, and the block, valid until the next."""
+        first, filled = 0, 0
+        buffer: Tensor | None = None
+        for piece in self._pieces():
+            if buffer is None:
+                buffer = piece.new_empty(self.block_rows, piece.shape[1])
+            self._check_alike(first + filled, piece, buffer)
+            while len(piece) > 0:
+                taken = min(len(piece), self.block_rows - filled)
+                buffer[filled : filled + taken] = piece[:taken]
+                piece, filled = piece[taken:], filled + taken
+                if filled == self.block_rows:
+                    yield first, self._block(first, buffer)
+                    first, filled = first + filled, 0
+            del piece  # or its chunk would live while the next one is read
+        if buffer is None:
+            raise ValueError(
+                "source is empty"
+                if self.n < 0
+                else "source is empty when it is read again, but several passes are made: a "
+                "function must return a new iterator each time"
+            )
+        if filled > 0:
+            yield first, self._block(first, buffer[:filled])
+        if self.n < 0:
+            self.n = first + filled
+        elif self.n != first + filled:
+            self._raise_changed(f"{self.n} rows in the first pass, {first + filled} in a later one")
+
+    def _pieces(self) -> Iterator[Tensor]:
+        """Yield the source's rows as tensors of at most ``block_rows``, which may be views."""
+        if self.is_array:
+            yield from self._split("source", self.source, "n")
+            return
+        number = 0
+        # A dataset may be callable for reasons of its own.
+        for batch in self.source if isinstance(self.source, Iterable) else self.source():
+            chunk = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            del batch
+            yield from self._split(f"source[{number}]", chunk, "m")
+            del chunk
+            number += 1
+
+    def _split(self, name: str, chunk: Any, rows: str) -> Iterator[Tensor]:
+        if not _is_array(chunk):
+            raise TypeError(
+                f"{name} must be a tensor or array of shape [{rows}, d], got {type(chunk).__name__}"
+            )
+        if len(chunk.shape) != 2:
+            raise ValueError(f"{name} must have shape [{rows}, d], got {list(chunk.shape)}")
+        if chunk.shape[1] == 0:
+            raise ValueError(f"{name} must have columns, got shape {list(chunk.shape)}")
+        for start in range(0, chunk.shape[0], self.block_rows):
+            yield _as_tensor(name, chunk[start : start + self.block_rows], rows)
+
+    def _block(self, first: int, rows: Tensor) -> Tensor:
+        block = rows if self.device is None else rows.to(self.device)
+        if self.n < 0:
+            bad = (~torch.isfinite(block)).any(1)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"source must be finite: row {first + int(bad.nonzero()[0])} holds NaN or Inf; "
+                    "drop such rows or find out where they arise"
+                )
+        if first == 0:
+            opening = block[:_OPENING_ROWS].clone()
+            if self.opening is None:
+                self.opening = opening
+            elif not torch.equal(self.opening, opening):
+                self._raise_changed("the first rows are not those of the first pass")
+        return block
+
+    def _check_alike(self, row: int, piece: Tensor, buffer: Tensor) -> None:
+        if piece.shape[1] != buffer.shape[1] or piece.dtype != buffer.dtype:
+            raise ValueError(
+                f"source must yield chunks of one width and type: from row {row} on they are "
+                f"[m, {piece.shape[1]}] {piece.dtype}, but before [m, {buffer.shape[1]}] "
+                f"{buffer.dtype}"
+            )
+        if 0 <= self.n < row + len(piece):
+            self._raise_changed(f"{self.n} rows in the first pass, more in a later one")
+
+    def _raise_changed(self, how: str) -> NoReturn:
+        raise ValueError(
+            f"source must yield the same rows in each pass, but: {how}; switch off shuffling and "
+            "random augmentation"
+        )
+
+
+def _as_tensor(name: str, piece: Any, rows: str) -> Tensor:
+    if not isinstance(piece, Tensor):
+        array = np.array(piece)  # a copy, because a memmap may be read-only
+        try:
+            piece = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+        except TypeError:
+            raise TypeError(f"{name} must hold floating numbers, got {array.dtype}") from None
+    return _checks.tensor(name, piece, (rows, "d")).detach()
+
+
+class _RowSample:
+    """Rows drawn without replacement, at most ``size``, in the order in which they come.
+
+    A row is kept if its random key is among the smallest, so that neither the number of rows need
+    be known nor does the choice depend on the blocks.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keys = torch.empty(0, dtype=torch.float64)
+        self.rows = torch.empty(0)
+
+    def add(self, block: Tensor) -> None:
+        keys = torch.rand(len(block), dtype=torch.float64, generator=self.generator)
+        self.keys = torch.cat([self.keys, keys])
+        self.rows = torch.cat([self.rows, block]) if self.rows.numel() else block.clone()
+        if len(self.keys) > self.size:
+            kept = self.keys.argsort()[: self.size].sort().values
+            self.keys, self.rows = self.keys[kept], self.rows[kept.to(block.device)]
+
+
+def stream_confounder_dictionary(
+    source: Any,
+    num_prototypes: int,
+    pca_components: int | Literal["auto"] = "auto",
+    *,
+    generator: torch.Generator | None = None,
+    init: Seeding = "greedy",
+    initial_prototypes: Tensor | None = None,
+    max_iter: int = 50,
+    tol: float = 1e-4,
+    chunk_rows: int = 8192,
+    sample_rows: int = 16384,
+    device: torch.device | str | None = None,
+    backend: Backend = "auto",
+) -> ConfounderDictionary:
+    """Cluster rows that do not fit in memory; see :func:`build_confounder_dictionary`.
+
+    The source is read once for the covariance and a random sample of rows, and once for each
+    Lloyd iteration and the final labels. The sample is clustered first, and its prototypes are what
+    the iterations start from, so that few are needed. Beside the labels, memory holds one chunk of
+    the source, ``chunk_rows`` rows in float64 with their K distances, the sample, and matrices of
+    size d x d and K x d. The result is bitwise the same however the source cuts its rows.
+
+    Args:
+        source: Predictions, float32, float64, bfloat16 or float16; every pass must yield the same
+            rows in the same order. One of: a tensor, NumPy array or memmap [n, d]; an iterable of
+            chunks [m, d] that can be iterated repeatedly, such as a list or a DataLoader without
+            shuffling (of batches that are tuples the first entry is taken); a function without
+            arguments that returns an iterator of chunks, a new one each time.
+        num_prototypes: K, 1 <= K <= n.
+        pca_components: As for :func:`build_confounder_dictionary`.
+        generator: Source of the sample and of the k-means++ draws; by default PyTorch's.
+        init: As for :func:`build_confounder_dictionary`.
+        initial_prototypes: Start from these [K, d] instead; no sample is then drawn.
+        max_iter: As for :func:`build_confounder_dictionary`.
+        tol: As for :func:`build_confounder_dictionary`.
+        chunk_rows: Rows worked on at a time.
+        sample_rows: Rows in the sample, at least K.
+        device: Where to compute, and where the result lies; by default where the chunks are.
+        backend: As for :func:`partial_sums`; the sample is clustered with it too.
+
+    Returns:
+        The dictionary, with the labels of all rows in the order of the source. It is that of
+        :func:`build_confounder_dictionary` from the same start, to rounding.
+
+    Raises:
+        TypeError: For an argument of the wrong type, and for an iterator, which can be read only
+            once.
+        ValueError: For a wrong shape, device or range; for a source that is empty, not finite, or
+            not the same in each pass; for chunks of different widths or types.
+        RuntimeError: For ``backend="native"`` where there is no native kernel.
+
+    Example:
+        >>> chunks = [torch.randn(100, 10) for _ in range(5)]
+        >>> d = stream_confounder_dictionary(chunks, num_prototypes=8)
+        >>> d.prototypes.shape, d.labels.shape
+        (torch.Size([8, 10]), torch.Size([500]))
+    """
+    _checks.positive_int("num_prototypes", num_prototypes)
+    _checks.choice("init", init, ("greedy", "plain"))
+    _checks.positive_int("max_iter", max_iter)
+    _checks.finite_float("tol", tol)
+    if tol < 0:
+        raise ValueError(f"tol={tol} must be >= 0")
+    _checks.positive_int("chunk_rows", chunk_rows)
+    if _checks.positive_int("sample_rows", sample_rows) < num_prototypes:
+        raise ValueError(
+            f"sample_rows={sample_rows} must be >= num_prototypes, {num_prototypes}: the "
+            "prototypes start as rows of the sample"
+        )
+    if initial_prototypes is not None:
+        _checks.tensor("initial_prototypes", initial_prototypes, ("K", "d"))
+        _checks.size("initial_prototypes", initial_prototypes, 0, num_prototypes, "num_prototypes")
+        if not bool(torch.isfinite(initial_prototypes).all()):
+            raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
+    blocks = _Blocks(source, chunk_rows, device)
+
+    moments, sample = _measure(blocks, sample_rows, generator, initial_prototypes is None)
+    n, d = blocks.n, len(moments.mean)
+    if num_prototypes > n:
+        raise ValueError(f"num_prototypes={num_prototypes} must be <= the number of rows, {n}")
+    num_components = functional._num_components(pca_components, num_prototypes, d)
+    subspace = moments.principal_subspace(num_components)
+    if initial_prototypes is None:
+        initial_prototypes = functional.confounder_dictionary(
+            sample,
+            num_prototypes,
+            num_components,
+            generator=generator,
+            init=init,
+            max_iter=max_iter,
+            tol=tol,
+            backend=backend,
+        ).prototypes
+    _checks.size("initial_prototypes", initial_prototypes, 1, d, "number of feature columns")
+    prototypes = initial_prototypes.detach().to(sample.device, torch.float64)
+    dtype = accumulate_dtype(sample)
+    del sample
+
+    labels = torch.full((n,), -1, dtype=torch.int64, device=prototypes.device)
+    for iteration in range(1, max_iter + 1):
+        total, moved = _assign_all(blocks, prototypes, subspace, labels, backend)
+        if not moved:
+            break
+        previous, prototypes = prototypes, total.means(prototypes)
+        shift = (subspace.project(prototypes) - subspace.project(previous)).square().sum()
+        if bool(shift <= tol * subspace.variance) or iteration == max_iter:
+            total, _ = _assign_all(blocks, prototypes, subspace, labels, backend)
+            break
+
+    counts = total.counts[:, None]
+    return ConfounderDictionary(
+        torch.where(counts > 0, total.sums / counts.clamp(min=1), subspace.mean).to(dtype),
+        (total.counts.double() / n).to(dtype),
+        labels,
+        total.inertia,
+        torch.tensor(iteration, device=labels.device),
+    )
+
+
+def _measure(
+    blocks: _Blocks, sample_rows: int, generator: torch.Generator | None, sampled: bool
+) -> tuple[ColumnMoments, Tensor]:
+    """Make the first pass: the moments of all rows, and a sample of them, empty if not wanted."""
+    seed = 0
+    if sampled:
+        drawn_on = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=drawn_on))
+    sample = _RowSample(sample_rows if sampled else 0, seed)
+    moments = None
+    for _, block in blocks:
+        added = column_moments(block)
+        moments = added if moments is None else moments + added
+        sample.add(block)
+    assert moments is not None  # a source without rows is refused
+    return moments, sample.rows
+
+
+def _assign_all(
+    blocks: _Blocks,
+    prototypes: Tensor,
+    subspace: PrincipalSubspace,
+    labels: Tensor,
+    backend: Backend,
+) -> tuple[PartialSums, bool]:
+    """Make a pass that brings ``labels`` up to date; say what the sums are, and if any changed."""
+    total = None
+    moved = torch.zeros((), dtype=torch.bool, device=labels.device)
+    for first, block in blocks:
+        sums, assigned = partial_sums(block, prototypes, subspace, backend=backend)
+        total = sums if total is None else total + sums
+        previous = labels[first : first + len(block)]
+        moved |= (assigned != previous).any()
+        previous.copy_(assigned)
+    assert total is not None
+    return total, bool(moved)
