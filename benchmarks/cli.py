@@ -38,7 +38,7 @@ def main(words: Sequence[str]) -> None:
         "dictionary", help="the confounder dictionary", description="Measure the dictionary."
     )
     dictionary.add_argument("--shapes", nargs="+", metavar="NxDxK", help="by default all")
-    dictionary.add_argument("--peers", nargs="+", metavar="NAME", help="by default all; see README")
+    dictionary.add_argument("--peers", nargs="+", metavar="NAME", help="by default all")
     dictionary.add_argument("--seconds", type=float, help="time for the rounds of a shape (6)")
     dictionary.add_argument("--rounds", type=int, help="rounds at least (3)")
     dictionary.add_argument("--seeds", type=int, help="seeds of small shapes (5)")

@@ -85,7 +85,7 @@ class Peer:
                 importlib.import_module(module)
         except (ImportError, OSError) as error:
             return " ".join(f"not installed: {error}".split())
-        if self.name.endswith("GPU") and importlib.import_module("faiss").get_num_gpus() == 0:
+        if self.name == "faiss-gpu" and importlib.import_module("faiss").get_num_gpus() == 0:
             return "this faiss was built without GPU support"
         return ""
 
@@ -324,9 +324,9 @@ PEERS = (
     Peer("native", ("kdci_ext",), (), native, BOTH),
     Peer("scikit-learn", ("sklearn",), ("scikit-learn", "numpy"), scikit_learn),
     Peer("scikit-learn-intelex", ("sklearnex",), ("scikit-learn-intelex",), scikit_learn_intelex),
-    Peer("faiss, random start", ("faiss", "scipy"), ("faiss-cpu",), faiss_random),
-    Peer("faiss, k-means++", ("faiss", "scipy"), (), faiss_plusplus),
-    Peer("PyTorch", (), (), plain_torch, BOTH),
+    Peer("faiss-random", ("faiss", "scipy"), ("faiss-cpu",), faiss_random),
+    Peer("faiss-kmeans++", ("faiss", "scipy"), (), faiss_plusplus),
+    Peer("torch", (), (), plain_torch, BOTH),
     Peer(
         "fast_pytorch_kmeans",
         ("fast_pytorch_kmeans",),
@@ -334,7 +334,7 @@ PEERS = (
         fast_pytorch_kmeans,
         BOTH,
     ),
-    Peer("PyTorch, flash-kmeans style", (), (), flash_style_torch, ("cuda",)),
-    Peer("cuML", ("cuml", "cupy"), ("cuml-cu12",), cuml, ("cuda",)),
-    Peer("faiss, GPU", ("faiss", "scipy"), ("faiss-gpu",), faiss_gpu, ("cuda",)),
+    Peer("torch-flash-style", (), (), flash_style_torch, ("cuda",)),
+    Peer("cuml", ("cuml", "cupy"), ("cuml-cu12",), cuml, ("cuda",)),
+    Peer("faiss-gpu", ("faiss", "scipy"), ("faiss-gpu",), faiss_gpu, ("cuda",)),
 )
