@@ -39,11 +39,11 @@ def main(words: Sequence[str]) -> None:
     )
     dictionary.add_argument("--shapes", nargs="+", metavar="NxDxK", help="by default all")
     dictionary.add_argument("--peers", nargs="+", metavar="NAME", help="by default all")
-    dictionary.add_argument("--seconds", type=float, help="time for the rounds of a shape (6)")
+    dictionary.add_argument("--seconds", type=float, help="time for the rounds of a shape (4)")
     dictionary.add_argument("--rounds", type=int, help="rounds at least (3)")
     dictionary.add_argument("--seeds", type=int, help="seeds of small shapes (5)")
     dictionary.add_argument(
-        "--peer-limit", type=float, help="seconds for one peer on one shape (30)"
+        "--peer-limit", type=float, help="seconds for one dictionary; slower peers are skipped (20)"
     )
     dictionary.add_argument(
         "--memory", choices=["large", "all", "none"], help="shapes whose memory is measured (large)"
@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> None:
     compensation = commands.add_parser(
         "compensation", help="compensation, forward and backward", description="Measure it."
     )
-    compensation.add_argument("--seconds", type=float, help="time for the rounds of a shape (6)")
+    compensation.add_argument("--seconds", type=float, help="time for the rounds of a shape (4)")
     for command in (dictionary, compensation):
         command.add_argument("--threads", type=int, default=1, help="threads of everyone (1)")
         command.add_argument("--quick", action="store_true", help="small shapes, a short time")
@@ -165,7 +165,7 @@ def _compensation(arguments: argparse.Namespace) -> None:
     about = harness.header(arguments.threads, [], clock=_clock_name(arguments))
     for key, value in about.items():
         print(f"{key}: {value}")
-    seconds = arguments.seconds or (1.0 if arguments.quick else 6.0)
+    seconds = arguments.seconds or (1.0 if arguments.quick else 4.0)
     rows: list[compensation.Row] = []
     for sizes in compensation.QUICK if arguments.quick else compensation.SHAPES:
         found = compensation.bench_shape(*sizes, timer, seconds)

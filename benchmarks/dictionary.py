@@ -156,16 +156,16 @@ class Options:
         seconds: Time for the rounds of a shape.
         min_rounds: Rounds at least, whatever time they take.
         seeds: Seeds that small shapes are run with; large ones have one a round.
-        peer_limit: Seconds for one peer on one shape; one that would need more is skipped.
+        peer_limit: Seconds for one dictionary; a peer that is expected to need more is skipped.
         memory: Which shapes' memory is measured: "large", "all" or "none".
         threads: Threads of every peer.
         device: "cpu" or "cuda".
     """
 
-    seconds: float = 6.0
+    seconds: float = 4.0
     min_rounds: int = 3
     seeds: int = 5
-    peer_limit: float = 30.0
+    peer_limit: float = 20.0
     memory: str = "large"
     threads: int = 1
     device: str = "cpu"
@@ -181,7 +181,7 @@ def bench_shape(
     notes: dict[str, str] = {}
     running: list[Peer] = []
     for peer in peers:
-        reason = peer.absent(options.device) or _too_slow(peer, problem, shape, options)
+        reason = peer.absent(options.device) or _unfit(peer, problem, shape, options)
         if reason:
             notes[peer.name] = reason
         else:
@@ -214,7 +214,7 @@ def bench_shape(
             seconds=options.seconds,
             min_rounds=options.min_rounds,
             seeds=options.min_rounds if shape.large else options.seeds,
-            limit_s=options.peer_limit,
+            limit_s=options.peer_limit * options.min_rounds,
             collect=collect,
         )
         if not shape.large:
@@ -223,11 +223,15 @@ def bench_shape(
                     collect(peer.name, seed, peer.solve(problem, seed))
     captured["native"] = judge.captured_by_native()
     memories: dict[str, float] = {}
+    remarks: dict[str, list[str]] = {peer.name: [] for peer in running}
     if options.device == "cpu" and options.memory in ("all", "large" if shape.large else "all"):
         for peer in running:
-            memories[peer.name] = memory.peak_mib(
-                *(peer.name, shape.n, shape.d, shape.k, shape.q, options.threads)
-            )
+            try:
+                memories[peer.name] = memory.peak_mib(
+                    *(peer.name, shape.n, shape.d, shape.k, shape.q, options.threads)
+                )
+            except RuntimeError as error:
+                remarks[peer.name].append(f"no memory: {error}")
     lloyd_ms = _lloyd_ms(problem, timer) if shape.large else math.nan
     steps = iterations["native"]
     floor_ms = (
@@ -245,6 +249,10 @@ def bench_shape(
         made = iterations[peer.name]
         mib = memories.get(peer.name, math.nan)
         is_native = peer.name == "native"
+        if timing.rounds < options.min_rounds:
+            remarks[peer.name].append(
+                f"{timing.rounds} of {options.min_rounds} rounds: the limit of time"
+            )
         per_iteration = 2e-6 * shape.n * shape.k * shape.q / peak_gflops
         rows.append(
             Row(
@@ -259,9 +267,7 @@ def bench_shape(
                 *(floor_ms, timing.median_ms / floor_ms),
                 lloyd_ms if is_native else math.nan,
                 per_iteration / lloyd_ms if is_native else math.nan,
-                f"{timing.rounds} of {options.min_rounds} rounds: the limit of time"
-                if timing.rounds < options.min_rounds
-                else "",
+                "; ".join(remarks[peer.name]),
             )
         )
     return rows
@@ -276,12 +282,17 @@ def absent_row(label: str, n: int, d: int, k: int, q: int, peer: str, note: str)
     )
 
 
-def _too_slow(peer: Peer, problem: Problem, shape: Shape, options: Options) -> str:
-    """Run a peer on some of a large shape's rows and say why it should not be run on all."""
+def _unfit(peer: Peer, problem: Problem, shape: Shape, options: Options) -> str:
+    """Try a peer on few rows and say why it cannot be measured, or would take too long."""
     tiny = Problem(problem.features[:512], 8, min(8, problem.q))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peer.solve(tiny, 0)  # loads libraries and starts threads
+        try:
+            peer.solve(tiny, 0)  # loads libraries and starts threads
+        except Exception as error:  # whatever another library raises, the others can be measured
+            if peer.name == "native":
+                raise
+            return " ".join(f"failed: {type(error).__name__}: {error}".split())
         if not shape.large or peer.name == "native":
             return ""
         parts = (shape.n // 32, shape.n // 16)  # fewer would fit in the caches

@@ -39,7 +39,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 0.15
 """How far below its best a check may fall."""
 MAX_REJECTED = 50
-"""Samples of one contender that are dropped and repeated at most."""
+"""Samples of one contender that are dropped and repeated at most; see also :func:`measure`."""
 MAX_ROUNDS = 200
 SAMPLE_S = 2e-3
 """A sample is the mean over so many calls that it lasts about this long, since clocks tick."""
@@ -128,6 +128,7 @@ def make_timer(threads: int, device: str = "cpu") -> Timer:
     clock = _clock(threads, device)
 
     def check() -> float:
+        torch.mm(a, b, out=out)  # brings back to the caches what the sample before drove out
         start = clock()
         for _ in range(repeats):
             torch.mm(a, b, out=out)
@@ -147,6 +148,7 @@ class _Record:
     samples: list[tuple[float, float]] = field(default_factory=list)
     rejected: int = 0
     spent: float = 0.0
+    wasted: float = 0.0
     cpu: float = 0.0
 
 
@@ -165,8 +167,9 @@ def measure(
     Args:
         contenders: What to time.
         timer: Clocks and check.
-        seconds: Rounds are made until this time has passed, ``MAX_ROUNDS`` at most,
-        min_rounds: and this many at least.
+        seconds: Rounds are made until this time has passed, ``MAX_ROUNDS`` at most. Dropped samples
+            may take as long again for each contender, or as long as ``min_rounds`` samples.
+        min_rounds: Rounds at least, whatever time they take.
         seeds: Round r runs with seed r % seeds.
         limit_s: A contender that has taken this long in all makes no more samples.
         collect: Called with name, seed and result after each sample, outside of the clock.
@@ -196,11 +199,16 @@ def measure(
             collect(contender.name, seed, result)
             if timer.wall() - began > SAMPLE_S:
                 last_check[0] = timer.burst()
-        may_repeat = record.rejected < MAX_REJECTED and record.spent + wall <= limit_s
+        may_repeat = (
+            record.rejected < MAX_REJECTED
+            and record.wasted + wall <= max(seconds, min_rounds * wall)
+            and record.spent + wall <= limit_s
+        )
         if timer.quiet(rate) or not may_repeat:
             record.samples.append((taken / record.calls * 1e3, rate))
         else:
             record.rejected += 1
+            record.wasted += wall
         return wall / record.calls
 
     gc.collect()
@@ -245,21 +253,23 @@ def fma_peak(threads: int, device: str = "cpu") -> tuple[float, str]:
     """Measure the rate of float32 multiply-adds.
 
     Returns:
-        GFLOP/s on ``threads`` threads, and what measured it: the native library's probe (of one
-        thread, times the threads) where it has one, else the fastest of torch's matrix products,
-        which on processors that its BLAS has no kernels for is far below what they can do.
+        GFLOP/s of one thread times the threads (or of the GPU), and what measured it: the native
+        library's probe where it has one, else the fastest of torch's matrix products, which on
+        processors that its BLAS has no kernels for is far below what they can do.
     """
     native = getattr(kdci_ext._load._C, "fma_gflops", None)
     if native is not None and device == "cpu":
         return max(native() for _ in range(5)) * threads, "native probe"
-    best, clock = 0.0, _clock(threads, device)
+    best, clock, before = 0.0, _clock(1, device), torch.get_num_threads()
+    torch.set_num_threads(1)
     for size in (256, 512, 1024) if device == "cpu" else (4096, 8192):
         a = torch.randn(size, size, device=device)
         for _ in range(max(4, int(2e9 / size**3))):
             start = clock()
             a @ a
             best = max(best, 2e-9 * size**3 / (clock() - start))
-    return best, "torch.mm"
+    torch.set_num_threads(before)
+    return best * (threads if device == "cpu" else 1), "torch.mm"
 
 
 def header(threads: int, packages: Sequence[str], **more: object) -> dict[str, str]:

@@ -133,7 +133,7 @@ def plot_dictionary(about: Mapping[str, str], rows: Sequence[dictionary.Row], pa
                 axis.barh(height, ratio - 1, left=1, color="C0" if ratio >= 1 else "C3")
                 axis.text(max(ratio, 1) * 1.04, height, f"{ratio:.3g}", va="center", fontsize=7.5)
             axis.set_yticks(range(len(peers)), peers)
-            axis.invert_yaxis()
+            axis.set_ylim(len(peers) - 0.5, -0.5)
             axis.set_xscale("log")
             axis.axvline(1, color="0.2", linewidth=0.8)
             title = f"n={native.n:,} d={native.d:,} K={native.k} q={native.q}: "
