@@ -86,8 +86,10 @@ def compensation_table(about: Mapping[str, str], rows: Sequence[compensation.Row
 
 
 def _source(about: Mapping[str, str]) -> str:
-    peak = f"; peak {about['peak']}" if "peak" in about else ""
-    return f"{about['machine']}; {about['build']}; commit {about['commit']}; {about['date']}{peak}."
+    names = ("machine", "build", "commit", "date", "peak", "options")
+    named = [f"{name} {about[name]}" if name in ("commit", "peak") else about[name]
+             for name in names if name in about]  # fmt: skip
+    return f"{'; '.join(named)}."
 
 
 def _ms(value: float) -> str:
