@@ -1,1 +1,2 @@
-"""Benchmarks of the operators; run from a checkout, such as ``python -m benchmarks.operators``."""
+"""Benchmarks beside what people use today: ``kdci bench``, or ``python -m benchmarks``."""
+# SPDX-License-Identifier: Apache-2.0

@@ -1,107 +1,279 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures competitors side by side and writes down where and on what.
+"""Measures contenders side by side and writes down where and on what.
 
 Each round times every contender once, in turn, so that a machine whose speed drifts slows all of
-them alike; the figure of a contender is its median over the rounds, and the spread is kept beside
-it. Times are of the process's CPU clock on one thread, and of the wall clock on several: there
-threads that wait burn CPU time.
+them alike. The figure of a contender is the median over its rounds; the spread is kept beside it.
+Times are of the process's CPU clock on one thread, and of the wall clock on several (there, threads
+that wait burn CPU time) and on a GPU.
+
+Beside every sample runs a check: a short burst of float32 matrix products, whose rate is bound by
+the multipliers alone. A sample whose check, before or after it, falls more than ``TOLERANCE`` below
+the best rate seen was disturbed: it is dropped and repeated. The CPU clock does not see that
+another process took the core for a while, but it does see a lower clock rate and a cache or memory
+that is shared, and so does the check, which is timed by the same clock.
 """
 
 from __future__ import annotations
 
 import csv
 import gc
+import math
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import date
+from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 import kdci_ext
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
 
+TOLERANCE = 0.15
+"""How far below its best a check may fall."""
+MAX_REJECTED = 50
+"""Samples of one contender that are dropped and repeated at most; see also :func:`measure`."""
+MAX_ROUNDS = 200
+SAMPLE_S = 2e-3
+"""A sample is the mean over so many calls that it lasts about this long, since clocks tick."""
+SLOW_S = 0.3
+"""A call that lasts longer needs no warm-up: its first call is its first sample."""
 
-@dataclass(frozen=True)
-class Row:
-    """A line of a result file; times in milliseconds."""
-
-    benchmark: str
-    shape: str
-    contender: str
-    threads: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
-    slower_than_native: float
-    quality: float
+RowT = TypeVar("RowT")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time; ``quality`` is what it reached (such as inertia), NaN where none."""
+    """Something to time; ``run`` takes a seed, which changes from round to round."""
 
     name: str
-    run: Callable[[], object]
-    quality: float = float("nan")
+    run: Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the samples of a contender come to.
+
+    Attributes:
+        median_ms: Median, and the 20th and 80th percentile in ``p20_ms`` and ``p80_ms``.
+        rounds: Samples that count.
+        rejected: Samples dropped because their check failed.
+        noisy: Samples that count though their check failed: no more could be repeated.
+        cores: CPU time by wall time, which shows whether the contender kept to its threads.
+    """
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    rejected: int
+    noisy: int
+    cores: float
+
+
+@dataclass
+class Timer:
+    """The clocks and the check that a measurement uses.
+
+    Attributes:
+        clock: Seconds, of the kind that is reported.
+        check: Makes one burst and returns its rate.
+        wall: Seconds of the wall clock, which limits are kept by.
+        cpu: Seconds of the process's CPU clock.
+    """
+
+    clock: Callable[[], float]
+    check: Callable[[], float]
+    wall: Callable[[], float] = time.perf_counter
+    cpu: Callable[[], float] = time.process_time
+    best: float = 0.0
+
+    def burst(self) -> float:
+        """Run the check and remember its best rate."""
+        rate = self.check()
+        self.best = max(self.best, rate)
+        return rate
+
+    def quiet(self, rate: float) -> bool:
+        """Whether a check's rate says that nothing disturbed it."""
+        return rate >= (1 - TOLERANCE) * self.best
+
+
+def _clock(threads: int, device: str) -> Callable[[], float]:
+    """Return the clock that is reported, see the module."""
+
+    def synchronized() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if device != "cpu":
+        return synchronized
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def make_timer(threads: int, device: str = "cpu") -> Timer:
+    """Return the timer for a number of threads, its check's best rate already known."""
+    size = 384
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    repeats = 2 * threads if device == "cpu" else 50
+
+    clock = _clock(threads, device)
+
+    def check() -> float:
+        torch.mm(a, b, out=out)  # brings back to the caches what the sample before drove out
+        start = clock()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        return repeats * 2e-9 * size**3 / (clock() - start)
+
+    timer = Timer(clock, check)
+    for _ in range(100):
+        timer.burst()
+    return timer
+
+
+@dataclass
+class _Record:
+    """The samples of a contender so far; a sample is (milliseconds, rate of its worse check)."""
+
+    calls: int = 1
+    samples: list[tuple[float, float]] = field(default_factory=list)
+    rejected: int = 0
+    spent: float = 0.0
+    wasted: float = 0.0
+    cpu: float = 0.0
 
 
 def measure(
-    benchmark: str, shape: str, contenders: Sequence[Contender], *, seconds: float = 2.0
-) -> list[Row]:
-    """Time the contenders in turn until each has had ``seconds``, or 200 rounds.
+    contenders: Sequence[Contender],
+    timer: Timer,
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    seeds: int = 5,
+    limit_s: float = math.inf,
+    collect: Callable[[str, int, object], None] | None = None,
+) -> dict[str, Timing]:
+    """Time the contenders in turn.
 
-    The contender named "native" is what the others are compared with. A sample is the mean over
-    so many calls that it lasts about 2 ms, since clocks tick.
+    Args:
+        contenders: What to time.
+        timer: Clocks and check.
+        seconds: Rounds are made until this time has passed, ``MAX_ROUNDS`` at most. Dropped samples
+            may take as long again for each contender, or as long as ``min_rounds`` samples.
+        min_rounds: Rounds at least, whatever time they take.
+        seeds: Round r runs with seed r % seeds.
+        limit_s: A contender that has taken this long in all makes no more samples.
+        collect: Called with name, seed and result after each sample, outside of the clock.
+
+    Returns:
+        The timing of each contender by its name.
     """
-    threads = torch.get_num_threads()
-    clock = time.process_time if threads == 1 else time.perf_counter
-    calls: dict[str, int] = {}
-    for contender in contenders:
-        contender.run()
-        start = time.perf_counter()
-        contender.run()
-        calls[contender.name] = max(1, round(2e-3 / (time.perf_counter() - start)))
-    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    records = {contender.name: _Record() for contender in contenders}
+    # Checks between two samples serve both: the one after the first is the one before the second.
+    last_check = [timer.burst()]
+
+    def sample(contender: Contender, seed: int) -> float:
+        """Take a sample, keep it if its check allows, and return the wall time of a call."""
+        record = records[contender.name]
+        before, result = last_check[0], None
+        wall, cpu, start = timer.wall(), timer.cpu(), timer.clock()
+        for _ in range(record.calls):
+            result = contender.run(seed)
+        taken = timer.clock() - start
+        cpu, wall = timer.cpu() - cpu, timer.wall() - wall
+        record.spent += wall
+        record.cpu += cpu
+        last_check[0] = timer.burst()
+        rate = min(before, last_check[0])
+        if collect is not None:
+            began = timer.wall()
+            collect(contender.name, seed, result)
+            if timer.wall() - began > SAMPLE_S:
+                last_check[0] = timer.burst()
+        may_repeat = (
+            record.rejected < MAX_REJECTED
+            and record.wasted + wall <= max(seconds, min_rounds * wall)
+            and record.spent + wall <= limit_s
+        )
+        if timer.quiet(rate) or not may_repeat:
+            record.samples.append((taken / record.calls * 1e3, rate))
+        else:
+            record.rejected += 1
+            record.wasted += wall
+        return wall / record.calls
+
     gc.collect()
     gc.disable()
     try:
-        began = time.perf_counter()
-        rounds = 0
-        while rounds < 5 or (
-            rounds < 200 and time.perf_counter() - began < seconds * len(contenders)
-        ):
+        for contender in contenders:
+            if sample(contender, 0) < SLOW_S:
+                wall = timer.wall()
+                contender.run(0)
+                calls = max(1, round(SAMPLE_S / max(timer.wall() - wall, 1e-9)))
+                records[contender.name] = _Record(calls)  # the first call was the warm-up
+        began, rounds = timer.wall(), 0
+        while rounds < min_rounds or (rounds < MAX_ROUNDS and timer.wall() - began < seconds):
             for contender in contenders:
-                count = calls[contender.name]
-                start = clock()
-                for _ in range(count):
-                    contender.run()
-                samples[contender.name].append((clock() - start) / count * 1e3)
+                record = records[contender.name]
+                while len(record.samples) <= rounds:
+                    if record.samples and record.spent >= limit_s:
+                        break
+                    sample(contender, rounds % seeds)
             rounds += 1
     finally:
         gc.enable()
-    native = statistics.median(samples["native"])
-    rows = []
-    for contender in contenders:
-        ordered = sorted(samples[contender.name])
-        median = statistics.median(ordered)
-        rows.append(
-            Row(
-                *(benchmark, shape, contender.name, threads, median),
-                *(ordered[rounds // 5], ordered[rounds * 4 // 5], rounds),
-                *(median / native, contender.quality),
-            )
-        )
-    return rows
+    return {name: _summarize(record, timer, min_rounds) for name, record in records.items()}
 
 
-def machine() -> str:
-    """Describe the machine, the versions and the commit in one line."""
+def _summarize(record: _Record, timer: Timer, min_rounds: int) -> Timing:
+    # By the best rate of the whole run, which the first samples were not judged by.
+    quiet = [ms for ms, rate in record.samples if timer.quiet(rate)]
+    failed = len(record.samples) - len(quiet)
+    if len(quiet) >= min(min_rounds, len(record.samples)):
+        kept, rejected, noisy = quiet, record.rejected + failed, 0
+    else:
+        kept, rejected, noisy = [ms for ms, _ in record.samples], record.rejected, failed
+    kept.sort()
+    return Timing(
+        *(statistics.median(kept), kept[len(kept) // 5], kept[len(kept) * 4 // 5]),
+        *(len(kept), rejected, noisy, record.cpu / max(record.spent, 1e-9)),
+    )
+
+
+def fma_peak(threads: int, device: str = "cpu") -> tuple[float, str]:
+    """Measure the rate of float32 multiply-adds.
+
+    Returns:
+        GFLOP/s of one thread times the threads (or of the GPU), and what measured it: the native
+        library's probe where it has one, else the fastest of torch's matrix products, which on
+        processors that its BLAS has no kernels for is far below what they can do.
+    """
+    native = getattr(kdci_ext._load._C, "fma_gflops", None)
+    if native is not None and device == "cpu":
+        return max(native() for _ in range(5)) * threads, "native probe"
+    best, clock, before = 0.0, _clock(1, device), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for size in (256, 512, 1024) if device == "cpu" else (4096, 8192):
+        a = torch.randn(size, size, device=device)
+        for _ in range(max(4, int(2e9 / size**3))):
+            start = clock()
+            a @ a
+            best = max(best, 2e-9 * size**3 / (clock() - start))
+    torch.set_num_threads(before)
+    return best * (threads if device == "cpu" else 1), "torch.mm"
+
+
+def header(threads: int, packages: Sequence[str], **more: object) -> dict[str, str]:
+    """Describe the machine, the versions, the commit and the day; nothing that names a host."""
     processor = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -110,39 +282,71 @@ def machine() -> str:
                 break
     except OSError:
         pass
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
+    # Result files and the README are what a benchmark writes: they do not make a commit dirty.
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results",
+                   ":!README.md")  # fmt: skip
+    commit = _git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     info = kdci_ext.build_info()
-    return (
-        f"{processor}, {torch.get_num_threads()} of {torch.multiprocessing.cpu_count()} cores, "
-        f"simd {info['simd']}, {info['compiler']}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, kdci_ext {info['version']} at {commit or 'no commit'}"
-    )
+    versions = [f"kdci_ext {info['version']}", f"torch {torch.__version__}"]
+    for package in packages:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} absent")
+    return {
+        "machine": f"{processor}, {threads} of {torch.multiprocessing.cpu_count()} cores",
+        "build": f"simd {info['simd']}, {info['compiler']}, Python {platform.python_version()}",
+        "versions": ", ".join(versions),
+        "commit": commit or "none",
+        "threads": str(threads),
+        "date": date.today().isoformat(),
+        **{name: str(value) for name, value in more.items()},
+    }
 
 
-def report(rows: Sequence[Row]) -> None:
-    """Print the rows as a table."""
-    print(f"{'benchmark':20} {'shape':22} {'contender':28} {'median ms':>10} {'p20-p80':>17} "
-          f"{'x native':>9} {'quality':>10}")  # fmt: skip
-    for row in rows:
-        spread = f"{row.p20_ms:.4g}-{row.p80_ms:.4g}"
-        quality = "" if row.quality != row.quality else f"{row.quality:.6g}"
-        print(f"{row.benchmark:20} {row.shape:22} {row.contender:28} {row.median_ms:10.4g} "
-              f"{spread:>17} {row.slower_than_native:9.1f} {quality:>10}")  # fmt: skip
+def _git(*words: str) -> str:
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def save(name: str, rows: Sequence[Row], folder: Path = RESULTS) -> Path:
-    """Write the rows to ``folder/name.csv`` under a comment that says where they are from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        file.write(f"# {machine()}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+def save(path: Path, about: Mapping[str, str], rows: Sequence[Any]) -> None:
+    """Write dataclass rows as CSV below ``# key: value`` lines; NaN is an empty cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
+        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            )
-    return path
+            writer.writerow({name: _cell(value) for name, value in asdict(row).items()})
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def load(path: Path, kind: type[RowT]) -> tuple[dict[str, str], list[RowT]]:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its columns are not those of ``kind``.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    reader = csv.DictReader(line for line in lines if not line.startswith("# "))
+    types = {f.name: f.type for f in fields(kind)}  # type: ignore[arg-type]
+    if list(reader.fieldnames or []) != list(types):
+        raise ValueError(
+            f"{path.name} has the columns {reader.fieldnames}, expected {list(types)}: "
+            "was it written by another version?"
+        )
+    convert = {"float": lambda text: float(text or "nan"), "int": int, "str": str}
+    return about, [
+        kind(**{name: convert[str(types[name])](text) for name, text in row.items()})
+        for row in reader
+    ]

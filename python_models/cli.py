@@ -45,6 +45,7 @@ commands:
   evaluate        measure the accuracy of a trained network
   list            show methods, networks, generators, datasets and presets
   demo            see it work in a few minutes on a CPU
+  bench           measure the operators beside other libraries (in a clone)
 
 With KDCI_DEBUG=1 in the environment, errors show where they come from.
 """
@@ -105,6 +106,7 @@ def _run(words: list[str]) -> int:
         "evaluate": _evaluate,
         "list": _list,
         "demo": _demo,
+        "bench": _bench,
     }
     if words[0] not in commands:
         raise unknown_name("command", words[0], commands)
@@ -277,3 +279,18 @@ def _demo(words: list[str]) -> None:
     from python_models.demo import DemoConfig, demo
 
     demo(_single(words, "demo", DemoConfig(), "See data-free distillation work on a CPU."))
+
+
+def _bench(words: list[str]) -> None:
+    # Not installed: benchmarks write result files and the README, and name the commit measured.
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "cli.py").is_file():
+        raise UserError(
+            "kdci bench needs a clone of the repository, which this installation is none of: in a "
+            'clone, pip install -e ".[zoo,bench]", or run python -m benchmarks there'
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from benchmarks.cli import main as bench
+
+    bench(words)

@@ -1,6 +1,11 @@
 """Settings that all tests share."""
 
 import os
+import sys
+from pathlib import Path
+
+# The benchmarks are not installed; what is comes first.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 # The tests are many small calls: spinning OpenMP threads would only get in each other's way.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

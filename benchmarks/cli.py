@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the benchmarks: ``kdci bench``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from benchmarks import threads as pools
+
+EPILOG = """\
+examples:
+  kdci bench dictionary --quick              a minute, to see that everything works
+  kdci bench dictionary --threads 1 --save   the figures of the README
+  kdci bench readme                          the README's tables from the saved figures
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    """Run a benchmark.
+
+    Args:
+        words: Words after ``kdci bench``.
+
+    Raises:
+        ValueError: For an unknown shape or peer, and a README without markers.
+        FileNotFoundError: If there are no saved figures.
+    """
+    parser = argparse.ArgumentParser(
+        "kdci bench",
+        description="Measure the operators beside what people use today.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    dictionary = commands.add_parser(
+        "dictionary", help="the confounder dictionary", description="Measure the dictionary."
+    )
+    dictionary.add_argument("--shapes", nargs="+", metavar="NxDxK", help="by default all")
+    dictionary.add_argument("--peers", nargs="+", metavar="NAME", help="by default all")
+    dictionary.add_argument("--seconds", type=float, help="time for the rounds of a shape (4)")
+    dictionary.add_argument("--rounds", type=int, help="rounds at least (3)")
+    dictionary.add_argument("--seeds", type=int, help="seeds of small shapes (5)")
+    dictionary.add_argument(
+        "--peer-limit", type=float, help="seconds for one dictionary; slower peers are skipped (20)"
+    )
+    dictionary.add_argument(
+        "--memory", choices=["large", "all", "none"], help="shapes whose memory is measured (large)"
+    )
+    dictionary.add_argument("--device", choices=["cpu", "cuda"], help="where to compute (cpu)")
+    compensation = commands.add_parser(
+        "compensation", help="compensation, forward and backward", description="Measure it."
+    )
+    compensation.add_argument("--seconds", type=float, help="time for the rounds of a shape (4)")
+    for command in (dictionary, compensation):
+        command.add_argument("--threads", type=int, default=1, help="threads of everyone (1)")
+        command.add_argument("--quick", action="store_true", help="small shapes, a short time")
+        command.add_argument(
+            "--save",
+            nargs="?",
+            const="",
+            metavar="NAME",
+            help="write benchmarks/results/NAME.csv and a plot (<benchmark>-<threads>-thread)",
+        )
+    readme = commands.add_parser("readme", help="write the README's tables from saved figures")
+    readme.add_argument("--check", action="store_true", help="only say whether they are those")
+    arguments = parser.parse_args(words)
+    if arguments.command == "readme":
+        _readme(arguments)
+        return
+    if arguments.threads < 1:
+        parser.error(f"--threads {arguments.threads} must be >= 1")
+    pools.set_environment(arguments.threads)
+    (_dictionary if arguments.command == "dictionary" else _compensation)(arguments)
+
+
+def _dictionary(arguments: argparse.Namespace) -> None:
+    from benchmarks import dictionary, harness, report
+    from benchmarks.peers import PEERS
+
+    shapes: Sequence[dictionary.Shape] = dictionary.SHAPES
+    options = dictionary.Options(threads=arguments.threads)
+    if arguments.quick:
+        shapes, options = shapes[:2], replace(options, seconds=1.0)
+    if arguments.shapes:
+        shapes = dictionary.find_shapes(arguments.shapes)
+    given = {
+        "seconds": arguments.seconds,
+        "min_rounds": arguments.rounds,
+        "seeds": arguments.seeds,
+        "peer_limit": arguments.peer_limit,
+        "memory": arguments.memory,
+        "device": arguments.device,
+    }
+    options = replace(options, **{k: v for k, v in given.items() if v is not None})
+    for name in ("seconds", "min_rounds", "seeds", "peer_limit"):
+        if getattr(options, name) <= 0:
+            raise ValueError(f"{name}={getattr(options, name)} must be > 0")
+    names = [peer.name for peer in PEERS]
+    wanted = arguments.peers or names
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"unknown peer {name!r}: expected some of {', '.join(names)}")
+    # Native is what the others are compared with. Those that run on GPUs alone are left out of a
+    # run on the CPU; everyone else who cannot run is listed.
+    peers = [
+        peer
+        for peer in PEERS
+        if peer.name in (*wanted, "native") and options.device in peer.devices
+    ]
+    for peer in peers:
+        peer.absent(options.device)  # loads it, so that its threads can be limited
+    pools.limit(options.threads)
+    timer = harness.make_timer(options.threads, options.device)
+    peak, source = harness.fma_peak(options.threads, options.device)
+    about = harness.header(
+        options.threads,
+        dictionary.packages(peers),
+        device=_device_name(options.device),
+        clock=_clock_name(options),
+        peak=f"{peak:.4g} GFLOP/s by {source}",
+        options=f"seconds {options.seconds:g}, rounds >= {options.min_rounds}, "
+        f"seeds {options.seeds}, peer limit {options.peer_limit:g} s",
+    )
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    rows: list[dictionary.Row] = []
+    for shape in shapes:
+        found = dictionary.bench_shape(shape, peers, options, timer, peak)
+        dictionary.print_rows(found)
+        rows += found
+    if options.threads == 1 and options.device == "cpu":
+        print("\nwanted, and found:")
+        print("\n".join(dictionary.summarize(rows)))
+    if arguments.save is not None:
+        default = f"dictionary-{options.threads}-thread"
+        default += "" if options.device == "cpu" else f"-{options.device}"
+        path = harness.RESULTS / f"{arguments.save or default}.csv"
+        harness.save(path, about, rows)
+        print(f"\nwritten to {path.relative_to(harness.ROOT)}")
+        try:
+            plot = report.plot_dictionary(about, rows, path.with_suffix(".svg"))
+            print(f"written to {plot.relative_to(harness.ROOT)}")
+        except ModuleNotFoundError as error:
+            print(f"no plot: {error}")
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return device if device == "cpu" else torch.cuda.get_device_name()
+
+
+def _clock_name(options: object) -> str:
+    threads, device = getattr(options, "threads", 1), getattr(options, "device", "cpu")
+    return "CPU time of the process" if threads == 1 and device == "cpu" else "wall clock"
+
+
+def _compensation(arguments: argparse.Namespace) -> None:
+    from benchmarks import compensation, harness
+
+    pools.limit(arguments.threads)
+    timer = harness.make_timer(arguments.threads)
+    about = harness.header(arguments.threads, [], clock=_clock_name(arguments))
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    seconds = arguments.seconds or (1.0 if arguments.quick else 4.0)
+    rows: list[compensation.Row] = []
+    for sizes in compensation.QUICK if arguments.quick else compensation.SHAPES:
+        found = compensation.bench_shape(*sizes, timer, seconds)
+        for row in found:
+            print(f"{row.shape:24} {row.contender:26} {row.median_ms:10.4g} ms  "
+                  f"x{row.x_native:.1f}  {row.rounds} rounds, {row.rejected} rejected")  # fmt: skip
+        rows += found
+    if arguments.save is not None:
+        name = arguments.save or f"compensation-{arguments.threads}-thread"
+        path = harness.RESULTS / f"{name}.csv"
+        harness.save(path, about, rows)
+        print(f"written to {path.relative_to(harness.ROOT)}")
+
+
+def _readme(arguments: argparse.Namespace) -> None:
+    from benchmarks import harness, report
+
+    path = harness.ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    expected = report.fill_readme(text)
+    if text == expected:
+        print("README.md shows the saved figures")
+    elif arguments.check:
+        raise ValueError("README.md does not show the saved figures: run `kdci bench readme`")
+    else:
+        path.write_text(expected, encoding="utf-8")
+        print("README.md is written")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's tables and the plot, from result files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import compensation, dictionary
+from benchmarks.harness import RESULTS, load
+
+README_FILES = {"dictionary": "dictionary-1-thread", "compensation": "compensation-1-thread"}
+
+
+def fill_readme(text: str, results: Path = RESULTS) -> str:
+    """Return a README whose tables, between ``<!-- bench:NAME -->`` markers, are the saved ones.
+
+    Raises:
+        ValueError: If a marker is missing.
+        FileNotFoundError: If a result file is missing.
+    """
+    tables: dict[str, Callable[[Path], str]] = {
+        "dictionary": _dictionary_table,
+        "compensation": _compensation_table,
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.S)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"README.md must hold {begin} and {end} once, around the table")
+        filled = f"{begin}\n{table(results / f'{README_FILES[name]}.csv')}\n{end}"
+        text = pattern.sub(lambda _, filled=filled: filled, text)
+    return text
+
+
+def _dictionary_table(path: Path) -> str:
+    about, rows = load(path, dictionary.Row)
+    return dictionary_table(about, rows)
+
+
+def _compensation_table(path: Path) -> str:
+    about, rows = load(path, compensation.Row)
+    return compensation_table(about, rows)
+
+
+def dictionary_table(about: Mapping[str, str], rows: Sequence[dictionary.Row]) -> str:
+    """Return the table of the dictionary in Markdown, a shape a line, and where it is from."""
+    lines = [
+        "| n x d, K, q | this library | fastest peer | its time | scikit-learn "
+        "| inertia, ours by fastest's | time / floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label in dict.fromkeys(row.shape for row in rows):
+        here = [row for row in rows if row.shape == label]
+        native = next(row for row in here if row.peer == "native")
+        best = dictionary.find_best(here)
+        sklearn = next((r for r in here if r.peer == "scikit-learn" and r.rounds > 0), None)
+        cells = [f"{native.n:,} x {native.d:,}, {native.k}, {native.q}", _ms(native.median_ms)]
+        if best is None:
+            cells += ["none ran", "", "", ""]
+        else:
+            cells += [best.peer, f"{_ms(best.median_ms)}, x{best.x_native:.2f}"]
+            cells.append(
+                f"{_ms(sklearn.median_ms)}, x{sklearn.x_native:.2f}" if sklearn else "not run"
+            )
+            cells.append(f"{native.inertia / best.inertia - 1:+.2%}")
+        cells.append(f"{native.x_floor:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(about)])
+
+
+def compensation_table(about: Mapping[str, str], rows: Sequence[compensation.Row]) -> str:
+    """Return the table of compensation in Markdown: the faster of the eager ways on each shape."""
+    lines = ["| shape | this library | eager PyTorch, the faster of two ways |", "|---|---|---|"]
+    for label in dict.fromkeys(row.shape for row in rows):
+        here = [row for row in rows if row.shape == label]
+        native = next(row for row in here if row.contender == "native")
+        best = min(
+            (row for row in here if row.contender != "native"), key=lambda row: row.median_ms
+        )
+        lines.append(
+            f"| {label} | {_ms(native.median_ms)} | {_ms(best.median_ms)}, x{best.x_native:.1f} |"
+        )
+    return "\n".join([*lines, "", _source(about)])
+
+
+def _source(about: Mapping[str, str]) -> str:
+    names = ("machine", "build", "commit", "date", "peak", "options")
+    named = [f"{name} {about[name]}" if name in ("commit", "peak") else about[name]
+             for name in names if name in about]  # fmt: skip
+    return f"{'; '.join(named)}."
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+
+
+def plot_dictionary(about: Mapping[str, str], rows: Sequence[dictionary.Row], path: Path) -> Path:
+    """Draw the ratios peer / native, a panel a shape, bars on a log axis; the same bytes each time.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    labels = list(dict.fromkeys(row.shape for row in rows))
+    columns = min(2, len(labels))
+    lines = -(-len(labels) // columns)
+    peers = [peer for peer in dict.fromkeys(row.peer for row in rows) if peer != "native"]
+    # Text as text, and ids that do not change from run to run.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kdci", "font.size": 9}):
+        figure, axes = plt.subplots(
+            *(lines, columns),
+            figsize=(5 * columns, lines * (0.9 + 0.24 * len(peers))),
+            sharex=True,
+            squeeze=False,
+        )
+        for axis in axes.flat[len(labels) :]:
+            axis.set_visible(False)
+        for label, axis in zip(labels, axes.flat, strict=False):
+            here = {row.peer: row for row in rows if row.shape == label}
+            native = here["native"]
+            for height, name in enumerate(peers):
+                row = here.get(name)
+                if row is None or row.rounds == 0:
+                    note = "absent" if row is None else row.note.split(":")[0]
+                    axis.text(1.03, height, note, va="center", color="0.5", fontsize=7.5)
+                    continue
+                ratio = row.x_native
+                axis.barh(height, ratio - 1, left=1, color="C0" if ratio >= 1 else "C3")
+                axis.text(max(ratio, 1) * 1.04, height, f"{ratio:.3g}", va="center", fontsize=7.5)
+            axis.set_yticks(range(len(peers)), peers)
+            axis.set_ylim(len(peers) - 0.5, -0.5)
+            axis.set_xscale("log")
+            axis.axvline(1, color="0.2", linewidth=0.8)
+            title = f"n={native.n:,} d={native.d:,} K={native.k} q={native.q}: "
+            axis.set_title(title + _ms(native.median_ms), fontsize=9, loc="left")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        ratios = [row.x_native for row in rows if row.rounds > 0]
+        axes[0, 0].set_xlim(min(0.5, *ratios) * 0.8, max(ratios) * 1.8)
+        figure.suptitle(
+            f"Confounder dictionary: time of others by ours ({about['clock']})\n{about['machine']}",
+            fontsize=9,
+        )
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    return path
