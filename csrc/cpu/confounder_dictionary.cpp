@@ -74,6 +74,7 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
     }
   });
   double largest = 0;
+  double farthest = 0;
   for (int64_t k = 0; k < d; ++k) {
     double sum = 0;
     double low = columns.low[k];
@@ -89,15 +90,20 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
     columns.mean[k] = sum / n;
     largest =
         std::max({largest, columns.mean[k] - low, high - columns.mean[k]});
+    farthest = std::max({farthest, -low, high});
   }
-  // A power of two changes no digit; it must itself be representable.
+  // A power of two changes no digit; it and what it scales, far from the mean
+  // of a column that hardly varies, must be representable.
   columns.exponent = 0;
   if (largest > 0) {
+    int distance;
     std::frexp(largest, &columns.exponent);
+    std::frexp(farthest, &distance);
+    const int most = std::numeric_limits<T>::max_exponent - 1;
     columns.exponent = std::clamp(
         -columns.exponent,
         std::numeric_limits<T>::min_exponent,
-        std::numeric_limits<T>::max_exponent - 1);
+        std::min(most, most - distance));
   }
   columns.scale = std::ldexp(T(1), columns.exponent);
   for (int64_t k = 0; k < d; ++k) {
