@@ -223,7 +223,6 @@ void assign_tile(
   }
   int64_t* labels = problem.labels + first;
   std::fill_n(labels, count, 0);
-  uint64_t moved;
   // By differences: the products' rounding would confuse close centres.
   Assignment<T> task{};
   task.tiles = points;
@@ -232,12 +231,8 @@ void assign_tile(
   task.num_centers = problem.num_centers;
   task.columns = buffers.packed_centers;
   task.labels = labels;
-  task.moved = &moved;
   kmeans_kernels<T>().assign_tiles(
       task, 0, 1, buffers.scratch + part * buffers.scratch_size);
-  for (int64_t i = 0; i < count; ++i) {
-    labels[i] &= 0xffffffff;
-  }
   double squares[tile_points] = {};
   double distances[tile_points] = {};
   for (int64_t j = 0; j < q; ++j) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <vector>
 
@@ -78,9 +79,8 @@ Kmeans<T>::Kmeans(
   tile_sums_ =
       arena.take<double>(std::max(num_tiles_, sample_tiles_ * candidates));
   cumulative_ = arena.take<double>(sample_tiles_);
-  sums_ = arena.take<double>(depth * num_centers);
+  sums_ = arena.take<int64_t>(depth * num_centers);
   counts_ = arena.take<int64_t>(num_centers);
-  moved_ = arena.take<uint64_t>(num_tiles_);
 }
 
 /// Tiles per thread at least, for a pass that multiplies every point with
@@ -269,30 +269,32 @@ int64_t Kmeans<T>::iterate(
   const double variance =
       std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0) / n_;
   const double threshold = tolerance * variance / num_columns;
+  // No coordinate is larger than the root of its tile's sum of squares, and no
+  // sum larger than n times that: it must stay below 2^62.
+  const double largest =
+      std::sqrt(*std::max_element(tile_sums_, tile_sums_ + num_tiles_));
+  sum_scale_ = std::ldexp(1.0, 61 - std::ilogb(std::max(largest, 1e-300) * n_));
 
   std::fill_n(labels, n_, -1);
+  std::fill_n(sums_, depth_ * num_centers_, 0);
+  std::fill_n(counts_, num_centers_, 0);
   has_slack_ = false;
   for (int64_t iteration = 1; iteration <= max_iter; ++iteration) {
-    assign(labels);
-    int64_t moves = 0;
-    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-      moves += __builtin_popcountll(moved_[tile]);
-    }
-    if (moves == 0) {
+    if (assign(labels) == 0) {
       return iteration;
     }
-    update_sums(labels, iteration == 1 || moves > n_ / 2);
     if (move_centers(labels) <= threshold || iteration == max_iter) {
       assign(labels);
-      update_sums(labels, false);
       return iteration;
     }
   }
   return max_iter;
 }
 
+/// Brings labels, sums and counts up to date with the centres; returns how many
+/// labels changed.
 template <typename T>
-void Kmeans<T>::assign(int64_t* labels) {
+int64_t Kmeans<T>::assign(int64_t* labels) {
   const auto& kernels = kmeans_kernels<T>();
   pack_columns(centers_, depth_, num_centers_, packed_);
   Assignment<T> task = {};
@@ -303,18 +305,41 @@ void Kmeans<T>::assign(int64_t* labels) {
   task.columns = packed_;
   task.labels = labels;
   task.slack = slack_;
-  task.moved = moved_;
+  task.sum_scale = sum_scale_;
   if (!small_) {
     task.bias = bias_;
     task.drift = has_slack_ ? drift_ : nullptr;
     prepare_products(task);
   }
+  const int64_t num_sums = depth_ * num_centers_;
+  int64_t moves = 0;
+  std::mutex merging;
   torch::stable::parallel_for(
       0, num_tiles_, grain(num_centers_), [&](int64_t begin, int64_t end) {
-        std::vector<T> scratch(kernels.assign_scratch(depth_));
-        kernels.assign_tiles(task, begin, end, scratch.data());
+        std::vector<T> scratch(small_ ? 0 : kernels.assign_scratch(depth_));
+        Assignment<T> part = task;
+        if (begin == 0 && end == num_tiles_) {
+          part.sums = sums_;
+          part.counts = counts_;
+          moves = kernels.assign_tiles(part, begin, end, scratch.data());
+          return;
+        }
+        std::vector<int64_t> sums(num_sums + num_centers_);
+        part.sums = sums.data();
+        part.counts = sums.data() + num_sums;
+        const int64_t moved =
+            kernels.assign_tiles(part, begin, end, scratch.data());
+        const std::lock_guard<std::mutex> lock(merging);
+        moves += moved;
+        for (int64_t i = 0; i < num_sums; ++i) {
+          sums_[i] += part.sums[i];
+        }
+        for (int64_t c = 0; c < num_centers_; ++c) {
+          counts_[c] += part.counts[c];
+        }
       });
   has_slack_ = !small_;
+  return moves;
 }
 
 /// Turns packed_ into -c, and adds what comparing products takes.
@@ -358,51 +383,6 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
   }
 }
 
-/// Brings counts and sums up to date with the labels. Threads share the
-/// coordinates out, so that every sum is made in the order of the points.
-template <typename T>
-void Kmeans<T>::update_sums(int64_t* labels, bool from_scratch) {
-  const auto& kernels = kmeans_kernels<T>();
-  if (from_scratch) {
-    std::fill_n(counts_, num_centers_, 0);
-    std::fill_n(sums_, depth_ * num_centers_, 0.0);
-  }
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / n_);
-  torch::stable::parallel_for(
-      0, depth_, grain, [&](int64_t first, int64_t last) {
-        if (from_scratch) {
-          kernels.add_points(
-              tiles_, depth_, first, last, n_, labels, num_centers_, sums_);
-        } else {
-          kernels.move_points(
-              tiles_,
-              depth_,
-              first,
-              last,
-              n_,
-              labels,
-              moved_,
-              num_centers_,
-              sums_);
-        }
-      });
-  for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-    uint64_t changes = moved_[tile];
-    for (; changes != 0; changes &= changes - 1) {
-      int64_t& label = labels[tile * tile_points + __builtin_ctzll(changes)];
-      const int64_t old = (label >> 32) - 1;
-      label &= 0xffffffff;
-      if (!from_scratch) {
-        --counts_[old];
-        ++counts_[label];
-      }
-    }
-  }
-  for (int64_t i = 0; from_scratch && i < n_; ++i) {
-    ++counts_[labels[i]];
-  }
-}
-
 /// Moves the centres to the means of their clusters and returns the sum of
 /// the squared shifts. An empty cluster takes the point farthest from its own
 /// centre, as in scikit-learn; it stays where it is if all points are centres.
@@ -411,9 +391,9 @@ double Kmeans<T>::move_centers(const int64_t* labels) {
   if (!small_) {
     std::copy_n(centers_, depth_ * num_centers_, before_);
   }
-  const double* sums = sums_;
+  const int64_t* sums = sums_;
   const int64_t* counts = counts_;
-  std::vector<double> adjusted_sums;
+  std::vector<int64_t> adjusted_sums;
   std::vector<int64_t> adjusted_counts;
   const int64_t num_empty = std::count(counts_, counts_ + num_centers_, 0);
   if (num_empty > 0 && own_distances(labels) > 0) {
@@ -436,8 +416,9 @@ double Kmeans<T>::move_centers(const int64_t* labels) {
       const int64_t donor = labels[*row];
       copy_point(tiles_, *row, point_, 1);
       for (int64_t k = 0; k < depth_; ++k) {
-        adjusted_sums[k * num_centers_ + donor] -= point_[k];
-        adjusted_sums[k * num_centers_ + c] = point_[k];
+        const int64_t value = std::llrint(point_[k] * sum_scale_);
+        adjusted_sums[donor * depth_ + k] -= value;
+        adjusted_sums[c * depth_ + k] = value;
       }
       --adjusted_counts[donor];
       adjusted_counts[c] = 1;
@@ -449,16 +430,18 @@ double Kmeans<T>::move_centers(const int64_t* labels) {
     counts = adjusted_counts.data();
   }
   double shift = 0;
-  for (int64_t k = 0; k < depth_; ++k) {
-    for (int64_t c = 0; c < num_centers_; ++c) {
-      if (counts[c] > 0) {
-        T& center = centers_[k * num_centers_ + c];
-        const T mean = static_cast<T>(sums[k * num_centers_ + c] / counts[c]);
-        const double step =
-            static_cast<double>(mean) - static_cast<double>(center);
-        shift += step * step;
-        center = mean;
-      }
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    if (counts[c] == 0) {
+      continue;
+    }
+    const double divisor = counts[c] * sum_scale_;
+    for (int64_t k = 0; k < depth_; ++k) {
+      T& center = centers_[k * num_centers_ + c];
+      const T mean = static_cast<T>(sums[c * depth_ + k] / divisor);
+      const double step =
+          static_cast<double>(mean) - static_cast<double>(center);
+      shift += step * step;
+      center = mean;
     }
   }
   if (!small_) {

@@ -65,9 +65,8 @@ class Kmeans {
   void take_sample();
   int64_t draw(double threshold, const T* chosen);
   void copy_point(const T* tiles, int64_t row, T* point, int64_t stride) const;
-  void assign(int64_t* labels);
+  int64_t assign(int64_t* labels);
   void prepare_products(Assignment<T>& task);
-  void update_sums(int64_t* labels, bool from_scratch);
   double move_centers(const int64_t* labels);
   void measure_drift();
   double own_distances(const int64_t* labels);
@@ -100,9 +99,9 @@ class Kmeans {
   T* candidate_points_; // [depth, candidates]
   double* tile_sums_;   // [sample_tiles, candidates], at least [num_tiles]
   double* cumulative_;  // [sample_tiles]
-  double* sums_;        // [depth, K]
+  int64_t* sums_;       // [K, depth], times sum_scale_
   int64_t* counts_;     // [K]
-  uint64_t* moved_;     // [num_tiles]
+  double sum_scale_ = 1;
 };
 
 } // namespace kdci

@@ -138,7 +138,7 @@ constexpr int64_t pitch = 2 * tile_points + 16;
 
 template <typename T>
 struct Collected {
-  T* points; // [depth, pitch]
+  T* points = nullptr; // [depth, pitch]
   int64_t rows[2 * tile_points];
   int64_t count = 0;
 };
@@ -196,17 +196,24 @@ template <typename T>
 class AssignPass {
  public:
   AssignPass(const Assignment<T>& task, T* scratch) : task_(task) {
-    active_.points = scratch;
-    close_.points = scratch + task.depth * pitch;
-    pairs_ = reinterpret_cast<uint32_t*>(scratch + 2 * task.depth * pitch);
+    if (task.bias != nullptr) {
+      active_.points = scratch;
+      close_.points = scratch + task.depth * pitch;
+      pairs_ = reinterpret_cast<uint32_t*>(scratch + 2 * task.depth * pitch);
+    }
   }
 
-  void run(int64_t begin, int64_t end) {
+  int64_t run(int64_t begin, int64_t end) {
+    const int64_t size = task_.depth * tile_points;
     for (int64_t tile = begin; tile < end; ++tile) {
-      const T* points = task_.tiles + tile * task_.depth * tile_points;
+      const T* points = task_.tiles + tile * size;
+      if (tile + 1 < end) {
+        for (int64_t i = 0; i < size; i += 64 / sizeof(T)) {
+          __builtin_prefetch(points + size + i);
+        }
+      }
       const int64_t first = tile * tile_points;
       const int64_t count = smaller(task_.n - first, tile_points);
-      task_.moved[tile] = 0;
       const uint64_t active = task_.drift == nullptr
           ? ~uint64_t(0) >> (tile_points - count)
           : spend_slack(first, count);
@@ -226,6 +233,7 @@ class AssignPass {
     }
     settle(active_.points, pitch, active_.rows, active_.count);
     settle_exactly(close_.points, pitch, close_.rows, close_.count);
+    return moves_;
   }
 
  private:
@@ -281,11 +289,37 @@ class AssignPass {
     }
   }
 
-  void set_label(int64_t row, int64_t label) {
+  /// Labels a row whose coordinates are `stride` apart.
+  void set_label(
+      int64_t row,
+      int64_t label,
+      const T* point,
+      int64_t stride) {
     const int64_t old = task_.labels[row];
-    if (old != label) {
-      task_.labels[row] = label | (old + 1) << 32;
-      task_.moved[row / tile_points] |= uint64_t(1) << row % tile_points;
+    if (old == label) {
+      return;
+    }
+    task_.labels[row] = label;
+    ++moves_;
+    if (task_.sums == nullptr) {
+      return;
+    }
+    const int64_t depth = task_.depth;
+    int64_t* to = task_.sums + label * depth;
+    ++task_.counts[label];
+    if (old < 0) {
+      for (int64_t k = 0; k < depth; ++k) {
+        to[k] += __builtin_llrint(point[k * stride] * task_.sum_scale);
+      }
+      return;
+    }
+    int64_t* from = task_.sums + old * depth;
+    --task_.counts[old];
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t value =
+          __builtin_llrint(point[k * stride] * task_.sum_scale);
+      to[k] += value;
+      from[k] -= value;
     }
   }
 
@@ -336,7 +370,7 @@ class AssignPass {
                     stride);
               });
       for (int64_t i = 0; i < count; ++i) {
-        set_label(rows[i], nearest.index[i]);
+        set_label(rows[i], nearest.index[i], points + i, stride);
       }
       return;
     }
@@ -368,7 +402,7 @@ class AssignPass {
           squares[i], nearest.best[i] + error, nearest.second[i] - error);
     }
     for (int64_t i = 0; i < count; ++i) {
-      set_label(rows[i], nearest.index[i]);
+      set_label(rows[i], nearest.index[i], points + i, stride);
       task_.slack[rows[i]] = squares[i];
     }
   }
@@ -467,7 +501,7 @@ class AssignPass {
     close &= ~uint64_t(0) >> (tile_points - count);
     for (int64_t i = 0; i < count; ++i) {
       if ((close >> i & 1) == 0) {
-        set_label(rows[i], nearest.index[i]);
+        set_label(rows[i], nearest.index[i], points + i, stride);
         task_.slack[rows[i]] = slack[i];
       }
     }
@@ -512,9 +546,10 @@ class AssignPass {
 #endif
 
   const Assignment<T>& task_;
+  int64_t moves_ = 0;
   Collected<T> active_; // have no slack
   Collected<T> close_;  // have two centres that are nearly as near
-  uint32_t* pairs_;     // [depth / 2, 64]: coordinates 2k and 2k + 1
+  uint32_t* pairs_ = nullptr; // [depth / 2, 64]: coordinates 2k and 2k + 1
 };
 
 template <typename T>
@@ -523,65 +558,12 @@ int64_t assign_scratch(int64_t depth) {
 }
 
 template <typename T>
-void assign_tiles(
+int64_t assign_tiles(
     const Assignment<T>& task,
     int64_t begin,
     int64_t end,
     T* scratch) {
-  AssignPass<T>(task, scratch).run(begin, end);
-}
-
-constexpr int64_t new_label(int64_t label) {
-  return label & 0xffffffff;
-}
-
-template <typename T>
-void add_points(
-    const T* tiles,
-    int64_t depth,
-    int64_t first,
-    int64_t last,
-    int64_t n,
-    const int64_t* labels,
-    int64_t num_centers,
-    double* sums) {
-  for (int64_t start = 0; start < n; start += tile_points) {
-    const int64_t count = n - start < tile_points ? n - start : tile_points;
-    for (int64_t k = first; k < last; ++k) {
-      const T* points = tiles + start * depth + k * tile_points;
-      double* sum = sums + k * num_centers;
-      for (int64_t i = 0; i < count; ++i) {
-        sum[new_label(labels[start + i])] += points[i];
-      }
-    }
-  }
-}
-
-template <typename T>
-void move_points(
-    const T* tiles,
-    int64_t depth,
-    int64_t first,
-    int64_t last,
-    int64_t n,
-    const int64_t* labels,
-    const uint64_t* moved,
-    int64_t num_centers,
-    double* sums) {
-  for (int64_t start = 0; start < n; start += tile_points) {
-    const T* points = tiles + start * depth;
-    uint64_t changes = moved[start / tile_points];
-    for (; changes != 0; changes &= changes - 1) {
-      const int64_t i = __builtin_ctzll(changes);
-      double* from = sums + (labels[start + i] >> 32) - 1;
-      double* to = sums + new_label(labels[start + i]);
-      for (int64_t k = first; k < last; ++k) {
-        const double value = points[k * tile_points + i];
-        from[k * num_centers] -= value;
-        to[k * num_centers] += value;
-      }
-    }
-  }
+  return AssignPass<T>(task, scratch).run(begin, end);
 }
 
 template <typename T>
@@ -625,8 +607,6 @@ constexpr KmeansKernels<T> table = {
     seed_tiles<T>,
     assign_scratch<T>,
     assign_tiles<T>,
-    add_points<T>,
-    move_points<T>,
     own_distances<T>,
 };
 

@@ -34,10 +34,13 @@ struct Assignment {
   T largest_center; // |c| at most
   const T* drift;         // [K]: of a point's slack, by label; null at first
   T* slack;               // [num_tiles * 64]
-  // The label of a point that moves becomes new | (old + 1) << 32, and bit i
-  // of its tile's `moved` is set.
-  int64_t* labels;        // [n]
-  uint64_t* moved;        // [num_tiles]
+  int64_t* labels; // [n], -1 at first
+  // What labels that change add to the sums of the clusters' points, times
+  // sum_scale and rounded, and to their sizes: integers, so that the order of
+  // the points does not matter. May be null.
+  int64_t* sums; // [K, depth]
+  int64_t* counts; // [K]
+  double sum_scale;
 };
 
 template <typename T>
@@ -61,40 +64,15 @@ struct KmeansKernels {
       int64_t candidates,
       double* sums);
 
-  /// Assigns the points of tiles [begin, end) to their nearest centres; ties
-  /// go to the lowest index. `scratch` has room for assign_scratch(depth)
-  /// values.
+  /// Assigns the points of tiles [begin, end) to their nearest centres, ties to
+  /// the lowest index, and returns how many labels changed. `scratch` has room
+  /// for assign_scratch(depth) values; it is not used without a bias.
   int64_t (*assign_scratch)(int64_t depth);
-  void (*assign_tiles)(
+  int64_t (*assign_tiles)(
       const Assignment<T>& task,
       int64_t begin,
       int64_t end,
       T* scratch);
-
-  /// Adds coordinates [first, last) of all n points to sums [depth, K] of
-  /// their clusters.
-  void (*add_points)(
-      const T* tiles,
-      int64_t depth,
-      int64_t first,
-      int64_t last,
-      int64_t n,
-      const int64_t* labels,
-      int64_t num_centers,
-      double* sums);
-
-  /// Carries the moved points' coordinates [first, last) over to their new
-  /// clusters.
-  void (*move_points)(
-      const T* tiles,
-      int64_t depth,
-      int64_t first,
-      int64_t last,
-      int64_t n,
-      const int64_t* labels,
-      const uint64_t* moved,
-      int64_t num_centers,
-      double* sums);
 
   /// Squared distances of the points of tiles [begin, end) to their own
   /// centres [depth, K], from differences; and each tile's sum.
