@@ -28,9 +28,11 @@ int64_t num_slices(int64_t n) {
   return std::clamp<int64_t>(n / 1024, 1, max_slices);
 }
 
-// So many columns of K sums each take no more memory than 1/16 of the rows.
-int64_t num_row_slices(int64_t n, int64_t num_prototypes) {
-  return std::clamp<int64_t>(n / (32 * num_prototypes), 1, max_slices);
+// Sums of the rows [K, d], in double, take no more memory than 1/32 of the
+// projected rows [n, q].
+int64_t num_row_slices(int64_t n, int64_t q, int64_t num_prototypes, int64_t d) {
+  return std::clamp<int64_t>(
+      n * q / (64 * num_prototypes * d), 1, max_slices);
 }
 
 template <typename T>
@@ -214,9 +216,9 @@ void average_rows(
     const int64_t* counts,
     int64_t num_prototypes,
     const double* mean,
+    int64_t slices,
     double* sums,
     T* prototypes) {
-  const int64_t slices = num_row_slices(n, num_prototypes);
   const int64_t blocks = (d + column_block - 1) / column_block;
   const int64_t size = num_prototypes * d;
   std::fill_n(sums, slices * size, 0.0);
@@ -266,33 +268,37 @@ struct Problem {
   int64_t* num_iter;
 };
 
+/// Everything that k-means needs lies where the subspace's workspace was: of
+/// that only the basis is needed later.
 template <typename T>
 struct Buffers {
   Buffers(Arena& arena, const Problem<T>& problem, int64_t q, bool project)
-      : columns(arena, problem.n, problem.d),
-        kmeans(
-            arena,
-            problem.n,
-            q,
-            problem.num_prototypes,
-            problem.candidates) {
+      : columns(arena, problem.n, problem.d) {
     if (project) {
-      subspace.emplace(arena, problem.n, problem.d, q);
+      basis = arena.take<T>(problem.d * q);
       packed_basis = arena.take<T>(problem.d * q);
-      scratch_tiles = std::clamp<int64_t>(problem.n / 1024, 1, max_slices);
+      scratch_tiles = torch::stable::get_num_threads();
       scratch = arena.take<T>(scratch_tiles * problem.d * tile_points);
+      Arena shared = arena;
+      subspace.emplace(shared, problem.n, problem.d, q, basis);
+      arena.include(shared);
     }
-    sums = arena.take<double>(
-        num_row_slices(problem.n, problem.num_prototypes) *
+    Arena shared = arena;
+    kmeans.emplace(
+        shared, problem.n, q, problem.num_prototypes, problem.candidates);
+    sums = shared.take<double>(
+        num_row_slices(problem.n, q, problem.num_prototypes, problem.d) *
         problem.num_prototypes * problem.d);
+    arena.include(shared);
   }
 
   Columns<T> columns;
-  Kmeans<T> kmeans;
   std::optional<PrincipalSubspace<T>> subspace;
+  T* basis = nullptr;        // [d, q]
   T* packed_basis = nullptr; // [d, q]
   T* scratch = nullptr;      // [scratch_tiles, d, 64]
   int64_t scratch_tiles = 0;
+  std::optional<Kmeans<T>> kmeans;
   double* sums; // [slices, K, d]
 };
 
@@ -319,6 +325,7 @@ void build_dictionary(const Problem<T>& problem) {
   Arena count;
   Buffers<T>(count, problem, q, project);
   const Tensor memory = torch::stable::empty({count.bytes()}, ScalarType::Byte);
+  prefer_large_pages(memory.mutable_data_ptr(), count.bytes());
   Arena arena(memory.mutable_data_ptr());
   Buffers<T> buffers(arena, problem, q, project);
 
@@ -328,13 +335,11 @@ void build_dictionary(const Problem<T>& problem) {
   }
   const CenteredRows<T> rows{
       problem.features, n, d, buffers.columns.shift, buffers.columns.scale};
-  const T* basis = nullptr;
   if (project) {
     buffers.subspace->compute(rows);
-    basis = buffers.subspace->basis();
-    pack_columns(basis, d, q, buffers.packed_basis);
+    pack_columns(buffers.basis, d, q, buffers.packed_basis);
   }
-  Kmeans<T>& kmeans = buffers.kmeans;
+  Kmeans<T>& kmeans = *buffers.kmeans;
   fill_tiles(
       rows,
       buffers.packed_basis,
@@ -350,7 +355,7 @@ void build_dictionary(const Problem<T>& problem) {
                  num_prototypes,
                  d,
                  buffers.columns,
-                 basis,
+                 buffers.basis,
                  q,
                  kmeans.centers())) {
     fill_with_nan(problem);
@@ -372,6 +377,7 @@ void build_dictionary(const Problem<T>& problem) {
       kmeans.counts(),
       num_prototypes,
       buffers.columns.mean,
+      num_row_slices(n, q, num_prototypes, d),
       buffers.sums,
       problem.prototypes);
 }

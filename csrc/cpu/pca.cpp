@@ -142,8 +142,14 @@ PrincipalSubspace<T>::PrincipalSubspace(
     Arena& arena,
     int64_t n,
     int64_t d,
-    int64_t q)
-    : n_(n), d_(d), q_(q), size_(std::min(n, d)), gram_(n < d) {
+    int64_t q,
+    T* basis)
+    : n_(n),
+      d_(d),
+      q_(q),
+      size_(std::min(n, d)),
+      gram_(n < d),
+      basis_(basis) {
   num_tiles_ = (size_ + tile_points - 1) / tile_points;
   // Columns beyond q speed up convergence, and protect against a start block
   // that is nearly orthogonal to a wanted direction. A full solution takes
@@ -156,7 +162,6 @@ PrincipalSubspace<T>::PrincipalSubspace(
 
   const int64_t matrix = num_tiles_ * size_ * tile_points;
   const int64_t block = num_tiles_ * width_ * tile_points;
-  basis_ = arena.take<T>(d * q);
   leading_ = gram_ ? arena.take<T>(size_ * q) : basis_;
   centered_ = arena.take<T>(groups_ * chunk_rows_ * stride_);
   partial_ = arena.take<T>(groups_ > 1 ? groups_ * matrix : 0);

@@ -32,13 +32,15 @@ struct CenteredRows {
 template <typename T>
 class PrincipalSubspace {
  public:
-  PrincipalSubspace(Arena& arena, int64_t n, int64_t d, int64_t q);
+  PrincipalSubspace(
+      Arena& arena,
+      int64_t n,
+      int64_t d,
+      int64_t q,
+      T* basis); // [d, q]
 
+  /// Writes the basis.
   void compute(const CenteredRows<T>& rows);
-
-  const T* basis() const { // [d, q]
-    return basis_;
-  }
 
  private:
   void form_covariance(const CenteredRows<T>& rows, bool coarse);
