@@ -8,10 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace kdci {
 
 class Arena {
@@ -43,22 +39,5 @@ class Arena {
   int64_t used_ = 0;
   int64_t most_ = 0;
 };
-
-/// Asks for large pages where there is much memory: it is fresh, and clearing it
-/// in small pages takes longer than some passes over the points.
-inline void prefer_large_pages(void* memory, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 1 << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + bytes) / page * page;
-  if (first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#else
-  static_cast<void>(memory);
-  static_cast<void>(bytes);
-#endif
-}
 
 } // namespace kdci

@@ -325,7 +325,6 @@ void build_dictionary(const Problem<T>& problem) {
   Arena count;
   Buffers<T>(count, problem, q, project);
   const Tensor memory = torch::stable::empty({count.bytes()}, ScalarType::Byte);
-  prefer_large_pages(memory.mutable_data_ptr(), count.bytes());
   Arena arena(memory.mutable_data_ptr());
   Buffers<T> buffers(arena, problem, q, project);
 
