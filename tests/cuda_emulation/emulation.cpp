@@ -7,6 +7,15 @@
 #include "../../csrc/common/stable.h"
 #include "cuda_runtime.h"
 
+// What `extern __shared__` names.
+namespace kdci::cuda {
+alignas(16) thread_local char dynamic_shared[cuda_emulation::kSharedBytes];
+
+char* dynamic_shared_memory() {
+  return dynamic_shared;
+}
+} // namespace kdci::cuda
+
 #define kdci_ext kdci_ext_emulated
 #define CUDA CPU
 #include "../../csrc/cuda/operators.cu"
@@ -36,8 +45,17 @@ __attribute__((visibility("default"))) void set_seed(uint64_t seed) {
   cuda_emulation::set_seed(seed);
 }
 
+// largest_cluster 0: a device without clusters.
+__attribute__((visibility("default"))) void set_device(
+    int largest_cluster,
+    int processors,
+    int shared_bytes) {
+  cuda_emulation::device = {
+      largest_cluster > 0, largest_cluster, processors, shared_bytes};
+}
+
 __attribute__((visibility("default"))) int64_t count_launches() {
-  return cuda_emulation::scheduler.launches;
+  return cuda_emulation::launches;
 }
 }
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from kdci_ext import reference
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("projection", "subspace", "clustering", "attention")
+KERNELS = ("dictionary", "attention")
 Dictionary = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
