@@ -106,7 +106,7 @@ __device__ __forceinline__ void move_rows(
 /// these are closer than rounding can tell apart, the row is decided by its
 /// distances in float64, so labels do not depend on how a tile is computed.
 template <typename A, int kColumns>
-__device__ int64_t assign_rows(
+__device__ __noinline__ int64_t assign_rows(
     const Clustering<A>& p,
     const SharedLayout& layout,
     const OwnRows& own,
@@ -131,15 +131,16 @@ __device__ int64_t assign_rows(
 
   // Buffers alternate with what they are filled for: units, or, if a chunk is a
   // whole row, tiles of rows.
+  A* shared = shared_at<A>(0);
   const auto row_buffer = [&](int tile, int unit) {
-    return shared_at<A>(layout.stage_points) +
+    return layout.stage_points / int(sizeof(A)) +
         (chunks > 1 ? unit : tile) % 2 * kTileRows * kStageStride<A>;
   };
   const auto center_buffer = [&](int unit) {
-    return shared_at<A>(layout.stage_centers) +
+    return layout.stage_centers / int(sizeof(A)) +
         unit % 2 * 16 * kMaxThreadColumns * kStageStride<A>;
   };
-  const auto fill = [&](A* buffer,
+  const auto fill = [&](int buffer,
                         const A* from,
                         int rows,
                         int64_t begin,
@@ -150,7 +151,7 @@ __device__ int64_t assign_rows(
       const int row = e / width;
       const int v = e % width * kVector<A>;
       __pipeline_memcpy_async(
-          buffer + row * kStageStride<A> + v,
+          shared + buffer + row * kStageStride<A> + v,
           from + minimum(begin + row, last) * p.stride +
               chunk * step * kVector<A> + v,
           16);
@@ -217,31 +218,35 @@ __device__ int64_t assign_rows(
           __pipeline_wait_prior(1);
           __syncthreads();
         }
+        // In elements of the shared memory.
         const int offset = chunk * step * kVector<A>;
-        const A* x = points_there
-            ? shared_at<A>(layout.points) +
+        const int x = points_there
+            ? layout.points / int(sizeof(A)) +
                 (tile * kTileRows + ty) * row_stride + offset
             : row_buffer(tile, unit) + ty * kStageStride<A>;
         const int x_step = 16 * (points_there ? row_stride : kStageStride<A>);
-        const A* c[kColumns];
+        int c[kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           c[j] = centers_there
-              ? shared_at<A>(layout.centers) +
+              ? layout.centers / int(sizeof(A)) +
                   minimum(column + tx + 16 * j, clusters - 1) * row_stride +
                   offset
               : center_buffer(unit) + (tx + 16 * j) * kStageStride<A>;
         }
-        const int width = minimum(step, vectors - chunk * step);
-        for (int v = 0; v < width * kVector<A>; v += kVector<A>) {
+        const int width = minimum(step, vectors - chunk * step) * kVector<A>;
+        // Not unrolled: there are products enough to hide the loads behind, and
+        // no registers for more.
+#pragma unroll 1
+        for (int v = 0; v < width; v += kVector<A>) {
           Vector<A> right[kColumns];
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            right[j] = load_vector(c[j] + v);
+            right[j] = load_vector(shared + c[j] + v);
           }
 #pragma unroll
           for (int i = 0; i < kThreadRows; ++i) {
-            const Vector<A> left = load_vector(x + i * x_step + v);
+            const Vector<A> left = load_vector(shared + x + i * x_step + v);
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
 #pragma unroll

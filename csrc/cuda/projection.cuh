@@ -311,7 +311,7 @@ __device__ void project(
 /// scatter matrix of which the directions are to be found. p.state->finite says
 /// whether there is anything to go on with.
 template <typename A, typename Team>
-__device__ void prepare(const Projection<A>& p, const Team& team) {
+__device__ __noinline__ void prepare(const Projection<A>& p, const Team& team) {
   const int64_t rank = team.rank();
   const int64_t size = team.size();
   column_sums(p, rank, size);
@@ -340,7 +340,7 @@ __device__ void prepare(const Projection<A>& p, const Team& team) {
 
 /// The points, once the subspace is found.
 template <typename A, typename Team>
-__device__ void project_all(const Projection<A>& p, const Team& team) {
+__device__ __noinline__ void project_all(const Projection<A>& p, const Team& team) {
   const int64_t rank = team.rank();
   const int64_t size = team.size();
   if (p.gram) {

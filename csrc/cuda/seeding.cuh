@@ -72,7 +72,7 @@ first_above(const T* weights, int64_t count, double target, double& base) {
 /// Chooses p.clusters rows and writes them to p.centers. The team has at most
 /// kMaxSeedTeam blocks.
 template <typename A, typename Team>
-__device__ void seed(
+__device__ __noinline__ void seed(
     const Clustering<A>& p,
     const SharedLayout& layout,
     const Team& team) {
