@@ -15,6 +15,10 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
     std::fprintf(stderr, "misaligned asynchronous copy\n");
     std::abort();
   }
+  if (cuda_emulation::seed != 0 && cuda_emulation::random() % 2 == 0) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
   scheduler.fibers[scheduler.current]->copies.back().push_back(
       {to, from, bytes});
 }

@@ -541,6 +541,9 @@ def test_the_order_of_threads_and_blocks_does_not_matter(emulation):
         for device in DEVICES.values():
             emulation.set_device(*device)
             found += emulation.ops.confounder_dictionary(rows(90, 170), draws(6), None, 5, 6, 1e-4)
+        found += emulation.ops.confounder_dictionary(
+            rows(290, 70), draws(66, greedy=False), None, 70, 2, 0.0
+        )
         wide = emulation.ops.confounder_dictionary(
             rows(50, 140).double(), draws(6), None, 5, 6, 1e-4
         )
