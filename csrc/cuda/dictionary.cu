@@ -43,16 +43,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<A>)
       project_all(projection, team);
     }
   }
-  if (layout.points >= 0 && clustering.state->finite) {
+  const bool finite = clustering.state->finite;
+  if (layout.points >= 0 && finite) {
     const OwnRows own(clustering.n, team.rank(), team.size());
     copy_rows(
-        clustering.points + own.begin * clustering.stride,
+        clustering.points,
+        own.begin,
+        nullptr,
         own.end - own.begin,
         clustering.stride,
         shared_at<A>(layout.points));
     __syncthreads();
   }
-  if (stages.seed && clustering.state->finite) {
+  if (stages.seed && finite) {
     seed(clustering, layout, team);
   }
   if (stages.lloyd) {
@@ -157,10 +160,10 @@ void add_seeding(
   const int64_t element = sizeof(A);
   SharedLayout seeding;
   SharedArena arena(seeding, capacity);
+  const int64_t row = shared_stride<A>(p.stride) * element;
   if (layout.points >= 0) {
-    arena.take(
-        ceil_div(rows, kTileRows) * kTileRows * shared_stride<A>(p.stride) *
-        element);
+    layout.seed_points =
+        arena.take(ceil_div(rows, kTileRows) * kTileRows * row);
   }
   layout.potential = arena.take(
       (blocks + 1) * p.candidates * static_cast<int64_t>(sizeof(double)));
@@ -169,6 +172,9 @@ void add_seeding(
   if (arena.has((p.candidates + 1) * rows * element + 16)) {
     layout.distances = arena.take(rows * element);
     layout.trial = arena.take(p.candidates * rows * element);
+  }
+  if (layout.seed_points < 0 && arena.has(rows * row)) {
+    layout.seed_points = arena.take(rows * row);
   }
   layout.bytes = largest(layout.bytes, seeding.bytes);
 }
@@ -335,6 +341,7 @@ Clustering<A>::Clustering(
   const int64_t columns = largest(q, d);
   distances = arena.take<A>(n);
   trial = arena.take<A>(candidates * seed_rows);
+  sample = arena.take<int64_t>(seed_rows);
   norms = arena.take<A>(n);
   slices = ceil_div(n, kSliceRows);
   slice_sum = arena.take<double>(slices);

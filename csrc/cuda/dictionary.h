@@ -122,6 +122,7 @@ struct SharedLayout {
   int centers = -1;       // [clusters, shared stride]
   int stage_centers = -1; // [2, tile columns, stage stride]
   int sums = -1;          // [words, clusters * q], then counts [clusters]
+  int seed_points = -1;   // [own rows of the seeding sample; shared stride]
   int distances = -1;     // [own rows of the seeding sample]
   int trial = -1;         // [candidates, own rows of the seeding sample]
   int potential = -1;     // [blocks + 1, candidates]
@@ -160,6 +161,7 @@ struct Clustering {
   FixedPoint of_features; // sums of centred and scaled features
   A* distances;           // [n] squared, to the nearest or the own centre
   A* trial;               // [candidates, seed_rows]
+  int64_t* sample;        // [seed_rows] the rows that k-means++ sees
   A* norms;               // [n] of the points
   int64_t slices;         // of the rows
   double* slice_sum;      // [slices]

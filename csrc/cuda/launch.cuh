@@ -85,7 +85,9 @@ struct Device {
 };
 
 /// Bytes of dynamic shared memory that a block of `kernel` can have where
-/// `blocks` of them are to run side by side on a multiprocessor.
+/// `blocks` of them are to run side by side on a multiprocessor. The kernel is
+/// allowed all that one block alone can have: a limit that changed from launch
+/// to launch would fail another host thread's.
 template <typename... Params>
 int64_t shared_capacity(
     void (*kernel)(Params...),
@@ -97,6 +99,12 @@ int64_t shared_capacity(
       device.block_shared,
       device.processor_shared / blocks - device.reserved_shared);
   const int64_t fixed = static_cast<int64_t>(attributes.sharedSizeBytes);
+  check(
+      cudaFuncSetAttribute(
+          kernel,
+          cudaFuncAttributeMaxDynamicSharedMemorySize,
+          static_cast<int>(device.block_shared - fixed)),
+      "cudaFuncSetAttribute");
   return largest(0, each - fixed) / 16 * 16;
 }
 
@@ -142,12 +150,6 @@ int64_t fitting_blocks(
     bool cooperative,
     int64_t blocks,
     int64_t shared) {
-  check(
-      cudaFuncSetAttribute(
-          kernel,
-          cudaFuncAttributeMaxDynamicSharedMemorySize,
-          static_cast<int>(shared)),
-      "cudaFuncSetAttribute");
   int fitting = 0;
   if (cooperative) {
     check(

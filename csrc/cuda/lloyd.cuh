@@ -426,7 +426,13 @@ __device__ void update_centers(
 template <typename A>
 __device__ A load_centers(const Clustering<A>& p, const SharedLayout& layout) {
   if (layout.centers >= 0) {
-    copy_rows(p.centers, p.clusters, p.stride, shared_at<A>(layout.centers));
+    copy_rows(
+        p.centers,
+        0,
+        nullptr,
+        p.clusters,
+        p.stride,
+        shared_at<A>(layout.centers));
   }
   A square = 0;
   for (int64_t k = threadIdx.x; k < p.clusters; k += blockDim.x) {

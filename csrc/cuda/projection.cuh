@@ -47,6 +47,7 @@ __device__ void column_sums(
     const int64_t end = minimum(p.n, (slice + 1) * p.slice_rows);
     double sum = 0;
     if (column < p.d) {
+#pragma unroll 8
       for (int64_t r = slice * p.slice_rows + y; r < end; r += 8) {
         sum += static_cast<double>(p.features[r * p.d + column]);
       }
@@ -340,7 +341,9 @@ __device__ __noinline__ void prepare(const Projection<A>& p, const Team& team) {
 
 /// The points, once the subspace is found.
 template <typename A, typename Team>
-__device__ __noinline__ void project_all(const Projection<A>& p, const Team& team) {
+__device__ __noinline__ void project_all(
+    const Projection<A>& p,
+    const Team& team) {
   const int64_t rank = team.rank();
   const int64_t size = team.size();
   if (p.gram) {

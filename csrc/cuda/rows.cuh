@@ -33,16 +33,24 @@ __device__ __forceinline__ T* shared_at(int offset) {
   return reinterpret_cast<T*>(dynamic_shared + offset);
 }
 
-/// Copies `rows` rows of `stride` elements into shared memory.
+/// Copies rows begin, begin + 1, ... or, where `which` is given, those that it
+/// lists from there on, into shared memory.
 template <typename A>
-__device__ void copy_rows(const A* from, int64_t rows, int64_t stride, A* to) {
+__device__ void copy_rows(
+    const A* from,
+    int64_t begin,
+    const int64_t* which,
+    int64_t rows,
+    int64_t stride,
+    A* to) {
   const int vectors = static_cast<int>(stride / kVector<A>);
   const int64_t out_stride = shared_stride<A>(stride);
   const int count = static_cast<int>(rows) * vectors;
   for (int e = threadIdx.x; e < count; e += blockDim.x) {
-    const int row = e / vectors;
+    const int i = e / vectors;
     const int64_t v = e % vectors * kVector<A>;
-    *reinterpret_cast<Vector<A>*>(to + row * out_stride + v) =
+    const int64_t row = which == nullptr ? begin + i : which[begin + i];
+    *reinterpret_cast<Vector<A>*>(to + i * out_stride + v) =
         load_vector(from + row * stride + v);
   }
 }

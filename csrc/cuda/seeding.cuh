@@ -116,6 +116,18 @@ __device__ __noinline__ void seed(
       p.n);
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {
     distances[i] = INFINITY;
+    p.sample[own.begin + i] = sample_row(own.begin + i, p.seed_rows, p.n);
+  }
+  __syncthreads();
+  if (layout.points < 0 && layout.seed_points >= 0) {
+    copy_rows(
+        p.points,
+        own.begin,
+        p.sample,
+        rows,
+        p.stride,
+        shared_at<A>(layout.seed_points));
+    __syncthreads();
   }
   for (int64_t k = 0; k < p.clusters; ++k) {
     const int count = k == 0 ? 1 : draws;
@@ -158,7 +170,7 @@ __device__ __noinline__ void seed(
                           target,
                           base);
           if (lane == 0) {
-            row_box(rank)[l] = sample_row(own.begin + row, p.seed_rows, p.n);
+            row_box(rank)[l] = p.sample[own.begin + row];
           }
         }
       }
@@ -175,9 +187,9 @@ __device__ __noinline__ void seed(
     for (int item = threadIdx.x; item < groups * rows; item += blockDim.x) {
       const int group = item / rows * kCandidateGroup;
       const int i = item % rows;
-      const A* x = layout.points >= 0
-          ? shared_at<A>(layout.points) + i * shared_stride<A>(p.stride)
-          : p.points + sample_row(own.begin + i, p.seed_rows, p.n) * p.stride;
+      const A* x = layout.seed_points >= 0
+          ? shared_at<A>(layout.seed_points) + i * shared_stride<A>(p.stride)
+          : p.points + p.sample[own.begin + i] * p.stride;
       const A* c[kCandidateGroup];
       A sum[kCandidateGroup] = {};
 #pragma unroll

@@ -590,7 +590,9 @@ __device__ inline void take_leading(
 /// The leading eigenvectors of p.scatter, by all blocks of a team. All of them
 /// must have written it, and it is written over.
 template <typename Team>
-__device__ __noinline__ void find_subspace(const Subspace& p, const Team& team) {
+__device__ __noinline__ void find_subspace(
+    const Subspace& p,
+    const Team& team) {
   const int64_t rank = team.rank();
   const int64_t size = team.size();
   if (p.direct) {
