@@ -246,8 +246,9 @@ void run_narrow(
     const Projection<A>& projection,
     const Clustering<A>& clustering,
     cudaStream_t stream) {
-  const auto run = device.clusters != 0 ? run_stages<A, ClusterTeam>
-                                        : run_stages<A, GridTeam>;
+  const auto run = has_clusters(dictionary_kernel<A, ClusterTeam>, device)
+      ? run_stages<A, ClusterTeam>
+      : run_stages<A, GridTeam>;
   run(device, blocks, stages, projection, clustering, stream);
 }
 
@@ -333,10 +334,10 @@ Clustering<A>::Clustering(
       candidates(candidates),
       small(small_clustering(n, q, clusters)),
       seed_rows(sample_size(n, clusters)),
-      // A projection is no longer than what it is the projection of, of which
-      // all columns are below 1; a little more for rounding. Up to two rows
-      // more: those on their way to and from empty clusters.
-      of_points(n + 2, 1.01 * sqrt(static_cast<double>(d))),
+      // Columns are below 1, and so a row below sqrt(d); directions of little
+      // variance may be a bit longer than 1. Two rows more: one on its way to
+      // an empty cluster is in two sums.
+      of_points(n + 2, 4 * sqrt(static_cast<double>(d))),
       of_features(n, 1) {
   const int64_t columns = largest(q, d);
   distances = arena.take<A>(n);

@@ -84,6 +84,15 @@ struct Device {
   }
 };
 
+/// Whether blocks of `kernel` can be a cluster. Code for older devices that was
+/// compiled anew for this one knows nothing of clusters.
+template <typename... Params>
+bool has_clusters(void (*kernel)(Params...), const Device& device) {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return device.clusters != 0 && attributes.ptxVersion >= 90;
+}
+
 /// Bytes of dynamic shared memory that a block of `kernel` can have where
 /// `blocks` of them are to run side by side on a multiprocessor. The kernel is
 /// allowed all that one block alone can have: a limit that changed from launch

@@ -484,6 +484,7 @@ enum cudaLaunchAttributeID {
 
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion;
 };
 
 struct cudaLaunchAttribute {
@@ -536,6 +537,7 @@ inline cudaError_t cudaDeviceGetAttribute(
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->sharedSizeBytes = 0;
+  attributes->ptxVersion = cuda_emulation::device.clusters != 0 ? 90 : 80;
   return cudaSuccess;
 }
 
