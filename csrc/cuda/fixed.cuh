@@ -18,15 +18,19 @@ namespace kdci::cuda {
 struct FixedPoint {
   double scale;
   double fine;
+  double unit;      // 1 / scale
+  double fine_unit; // 1 / fine
 
   FixedPoint() = default;
   FixedPoint(int64_t terms, double bound)
-      : scale(unit(static_cast<double>(terms) * bound)),
-        fine(unit(static_cast<double>(terms))) {}
+      : scale(largest_scale(static_cast<double>(terms) * bound)),
+        fine(largest_scale(static_cast<double>(terms))),
+        unit(1 / scale),
+        fine_unit(1 / fine) {}
 
  private:
-  /// The largest power of two with largest * unit <= 2^62.
-  static double unit(double largest) {
+  /// The largest power of two whose product with `largest` is below 2^62.
+  static double largest_scale(double largest) {
     int exponent = 0;
     frexp(largest, &exponent);
     return ldexp(1.0, 62 - exponent);
@@ -69,10 +73,10 @@ __device__ __forceinline__ double fixed_value(
     const FixedPoint& point) {
   double value = static_cast<double>(static_cast<long long>(sums[e]));
   if constexpr (kWords<A> == 2) {
-    value += static_cast<double>(static_cast<long long>(sums[count + e])) /
-        point.fine;
+    value += static_cast<double>(static_cast<long long>(sums[count + e])) *
+        point.fine_unit;
   }
-  return value / point.scale;
+  return value * point.unit;
 }
 
 } // namespace kdci::cuda
