@@ -25,12 +25,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = [  # n, d, K
     (1, 1, 1),
     (7, 4, 7),
-    (256, 10, 8),
-    (256, 100, 8),
-    (40, 300, 6),
+    (256, 10, 8),  # one launch of one block
+    (256, 100, 8),  # one launch of a cluster
+    (40, 300, 6),  # more columns than rows
     (1024, 200, 32),
-    (5000, 10, 16),
-    (20_000, 64, 40),
+    (1000, 600, 20),  # projected by the grid, clustered by a cluster
+    (5000, 10, 16),  # projected and iterated by the grid, seeded by a cluster
+    (6000, 120, 128),  # sums of clusters have no room in shared memory, in float64 nor have centres
+    (5000, 6, 300),
+    (40_000, 64, 40),  # seeded on a sample
 ]
 OPTIONS = [(posterior, scale) for posterior in (False, True) for scale in (1.0, -0.5)]
 
@@ -92,7 +95,7 @@ def compensated_and_gradients(
 
 
 def calls() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """Every operator on every path: one block and many, direct and iterated subspace."""
+    """Every operator on every path: all kinds of teams, direct and iterated subspace."""
     inputs = on_gpu(make_attention(64, 10, 8, 64).to(torch.float32))
     grad = features_of(64, 10)
     found: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
@@ -176,6 +179,56 @@ def test_starting_prototypes():
     assert bool(got[0].isnan().all())
 
 
+@pytest.mark.parametrize("n", [900, 20_000])
+def test_empty_clusters_take_the_farthest_rows(n):
+    """Most clusters start empty, and the rows they take lie in different blocks."""
+    features = features_of(n, 12)
+    features[:: n // 9] *= torch.arange(3.0, 13.0).cuda()[: len(features[:: n // 9]), None]
+    start = features_of(12, 12)
+    start[2:11] = 1000 + 100 * features_of(9, 12)
+    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(12), start, 12, 6, 0.0)
+    plain = reference.confounder_dictionary(
+        features.cpu(), draws(12).cpu(), start.cpu(), 12, 6, 0.0
+    )
+    assert torch.equal(got[2].cpu(), plain[2])
+    torch.testing.assert_close(got[0].cpu(), plain[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_seeding_of_many_rows_uses_a_sample(dtype):
+    """Row i of the sample is one of the i-th stratum; the seeds are those of the sample alone."""
+    n, sample, num_prototypes = 50_000, 8192, 5
+    features = features_of(n, 5).cpu().to(dtype)
+    i = torch.arange(sample)
+    start, end = i * n // sample, (i + 1) * n // sample
+    chosen = start + (((i * 2654435769) % 2**32 * (end - start)) >> 32)
+    centered = features.double() - features.double().mean(0)
+    uniforms = draws(num_prototypes).cpu()
+    seeds = features[chosen[reference._plus_plus(centered[chosen], uniforms)]]
+    arguments = (5, 50, 1e-4)
+    got = torch.ops.kdci_ext.confounder_dictionary(
+        features.cuda(), uniforms.cuda(), None, *arguments
+    )
+    plain = reference.confounder_dictionary(features, uniforms, seeds, *arguments)
+    assert torch.equal(got[2].cpu(), plain[2])
+    assert int(got[4]) == int(plain[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [200, 20_000])
+def test_rows_between_two_centres_are_decided_exactly(n, dtype):
+    """Products in float32 cannot tell these centres apart; distances in float64 can."""
+    features = features_of(n, 12, dtype) * 3
+    start = features[:8].repeat(3, 1)
+    start[8:16] += 1e-6 * features_of(8, 12, dtype)  # the rest are equal
+    arguments = (12, 1, 0.0)
+    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(24), start, *arguments)
+    plain = reference.confounder_dictionary(
+        features.cpu(), draws(24).cpu(), start.cpu(), *arguments
+    )
+    assert torch.equal(got[2].cpu(), plain[2])
+
+
 def test_duplicates_leave_surplus_prototypes_finite():
     features = features_of(4, 6).repeat(50, 1)
     prototypes, proportions, labels, inertia, _ = dictionary(features, 9)
@@ -239,6 +292,32 @@ def test_results_repeat_bitwise():
     for name, call in calls().items():
         for one, other in zip(call(), call(), strict=True):
             assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(("n", "d", "num_prototypes"), [(1024, 200, 32), (40_000, 64, 40)])
+def test_races_would_show_in_many_repeats(n, d, num_prototypes):
+    arguments = (features_of(n, d), num_prototypes, draws(num_prototypes))
+    first = dictionary(*arguments)
+    for _ in range(50):
+        for one, other in zip(first, dictionary(*arguments), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_teams_on_two_streams_do_not_wait_for_each_other():
+    """Blocks of a cooperative launch run all at once, or two of them could block the device."""
+    arguments = [(features_of(n, 32), 24, draws(24)) for n in (20_000, 30_000)]
+    expected = [dictionary(*each) for each in arguments]
+    streams = [torch.cuda.Stream() for _ in arguments]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(10):
+        for each, stream in zip(arguments, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(dictionary(*each))
+    torch.cuda.synchronize()
+    for i, result in enumerate(got):
+        for one, other in zip(result, expected[i % 2], strict=True):
+            assert torch.equal(one, other)
 
 
 def test_never_waits_for_the_device():

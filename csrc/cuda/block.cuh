@@ -167,20 +167,45 @@ struct Tile {
     auto& buffer = tile_buffer<T, kDepth, kSide>();
     auto& tile_a = buffer.a;
     auto& tile_b = buffer.b;
+    // What each thread brings of the next depth, while this one is used.
+    constexpr int kLoads = kDepth * kSide / 256;
+    T next_a[kLoads];
+    T next_b[kLoads];
+    const auto place = [](int load, bool along_depth, int& k, int& side) {
+      const int e = threadIdx.x + 256 * load;
+      k = along_depth ? e % kDepth : e / kSide;
+      side = along_depth ? e / kDepth : e % kSide;
+    };
+    const auto fetch = [&](int64_t base) {
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        int k;
+        int i;
+        place(load, a_along_depth, k, i);
+        const bool a_inside = row + i < rows && base + k < end;
+        next_a[load] = a_inside ? a(row + i, base + k) : T(0);
+        place(load, b_along_depth, k, i);
+        const bool b_inside = column + i < columns && base + k < end;
+        next_b[load] = b_inside ? b(base + k, column + i) : T(0);
+      }
+    };
     T part[kPer][kPer] = {};
     int pending = 0;
+    fetch(begin);
     for (int64_t base = begin; base < end; base += kDepth) {
-      for (int e = threadIdx.x; e < kDepth * kSide; e += 256) {
-        const int ak = a_along_depth ? e % kDepth : e / kSide;
-        const int ai = a_along_depth ? e / kDepth : e % kSide;
-        const bool a_inside = row + ai < rows && base + ak < end;
-        tile_a[ak][ai] = a_inside ? a(row + ai, base + ak) : T(0);
-        const int bk = b_along_depth ? e % kDepth : e / kSide;
-        const int bj = b_along_depth ? e / kDepth : e % kSide;
-        const bool b_inside = column + bj < columns && base + bk < end;
-        tile_b[bk][bj] = b_inside ? b(base + bk, column + bj) : T(0);
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        int k;
+        int i;
+        place(load, a_along_depth, k, i);
+        tile_a[k][i] = next_a[load];
+        place(load, b_along_depth, k, i);
+        tile_b[k][i] = next_b[load];
       }
       __syncthreads();
+      if (base + kDepth < end) {
+        fetch(base + kDepth);
+      }
 #pragma unroll 4
       for (int k = 0; k < kDepth; ++k) {
         T left[kPer];

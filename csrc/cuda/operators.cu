@@ -98,9 +98,9 @@ DictionaryResult dictionary_as(
   const int64_t d = features.size(1);
   const int64_t clusters = uniforms.size(0);
   const int64_t candidates = uniforms.size(1);
-  const int64_t initial_rows = initial_in.has_value() ? clusters : 0;
+  const bool has_initial = initial_in.has_value();
   std::optional<Tensor> initial;
-  if (initial_in.has_value()) {
+  if (has_initial) {
     initial = as_contiguous(*initial_in, type);
   }
 
@@ -111,33 +111,31 @@ DictionaryResult dictionary_as(
   Tensor num_iter = new_empty(features, {}, ScalarType::Long);
 
   Arena sizes(nullptr);
-  Projection<A>(n, d, num_components, initial_rows, sizes);
+  Projection<A>(n, d, num_components, clusters, has_initial, sizes);
   Clustering<A>(n, d, num_components, clusters, candidates, sizes);
   const Tensor memory = workspace(features, sizes.used());
   Arena arena(memory.mutable_data_ptr());
-  Projection<A> projection(n, d, num_components, initial_rows, arena);
+  Projection<A> projection(n, d, num_components, clusters, has_initial, arena);
   Clustering<A> clustering(n, d, num_components, clusters, candidates, arena);
 
   projection.features = data<A>(features);
-  projection.initial = initial.has_value() ? data<A>(*initial) : nullptr;
+  projection.initial = has_initial ? data<A>(*initial) : nullptr;
+  projection.initial_points = clustering.centers;
   clustering.max_iter = max_iter;
   clustering.tol = tol;
   clustering.features = projection.features;
   clustering.uniforms = data<double>(uniforms);
-  clustering.has_initial = initial.has_value();
+  clustering.has_initial = has_initial;
   clustering.state = projection.state;
   clustering.mean = projection.mean;
   clustering.points = projection.points;
-  clustering.initial_points = projection.initial_points;
   clustering.prototypes = mutable_data<A>(prototypes);
   clustering.proportions = mutable_data<A>(proportions);
   clustering.labels = mutable_data<int64_t>(labels);
   clustering.inertia = mutable_data<double>(inertia);
   clustering.num_iter = mutable_data<int64_t>(num_iter);
 
-  const cudaStream_t stream = current_stream(features);
-  projection.run(stream);
-  clustering.run(stream);
+  run_dictionary(projection, clustering, current_stream(features));
   return {prototypes, proportions, labels, inertia, num_iter};
 }
 
@@ -164,6 +162,9 @@ DictionaryResult confounder_dictionary(
       clusters >= 1 && clusters <= features.size(0) && uniforms.size(1) >= 1,
       "uniforms must have between 1 row and as many as features has, and at "
       "least 1 column");
+  STD_TORCH_CHECK(
+      uniforms.size(1) <= 512,
+      "uniforms must have at most 512 columns on CUDA");
   STD_TORCH_CHECK(
       num_components >= 1 && num_components <= features.size(1),
       "num_components must be between 1 and the number of feature columns");

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels without a GPU: their sources, compiled for the host, against the reference.
 
-``cuda_runtime.h`` beside this file runs each thread of a block as a fiber. What this cannot show
-is the speed of the kernels, what nvcc makes of them, and memory ordering between blocks.
+``cuda_runtime.h`` beside this file runs each thread of a block as a fiber, and the blocks of a
+cluster or of a cooperative launch by turns. What this cannot show is the speed of the kernels, what
+nvcc makes of them, and memory ordering between blocks.
 """
 
 from __future__ import annotations
@@ -36,8 +37,16 @@ from torch import Tensor
 from kdci_ext import reference
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("projection", "subspace", "clustering", "attention")
+KERNELS = ("dictionary", "attention")
 Dictionary = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+SHARED_BYTES = 227 << 10
+DEVICES = {  # largest cluster, multiprocessors, bytes of shared memory of a block
+    "clusters": (8, 3, SHARED_BYTES),
+    "small clusters": (2, 3, SHARED_BYTES),
+    "no clusters": (0, 4, 163 << 10),
+    "little shared memory": (8, 2, 56 << 10),
+}
 
 
 @dataclass
@@ -50,6 +59,10 @@ class Emulation:
     def set_seed(self, seed: int) -> None:
         """Run blocks and threads in the order of ``seed``; 0 is the natural order."""
         self.library.set_seed(ctypes.c_uint64(seed))
+
+    def set_device(self, largest_cluster: int, processors: int, shared_bytes: int) -> None:
+        """Emulate a device; a largest cluster of 0 stands for none at all."""
+        self.library.set_device(largest_cluster, processors, shared_bytes)
 
     def launches(self) -> int:
         """Kernels launched so far."""
@@ -101,9 +114,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory_and_natural_order(emulation: Emulation) -> Iterator[None]:
+def _poisoned_memory_natural_order_and_device(emulation: Emulation) -> Iterator[None]:
     """Fill fresh memory with NaN, so that results show what is read before it is written."""
     emulation.set_seed(0)
+    emulation.set_device(*DEVICES["clusters"])
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -168,6 +182,29 @@ def test_the_emulation_finds_divergent_and_missing_barriers(emulation):
     assert not library.neighbours_see_each_other(ctypes.c_bool(False))
 
 
+@pytest.mark.parametrize("cooperative", [False, True])
+def test_the_emulation_finds_missing_barriers_of_teams(emulation, cooperative):
+    library = emulation.library
+    library.teams_see_each_other.restype = ctypes.c_bool
+    library.detects_deserters.restype = ctypes.c_bool
+    with_barrier, without = [], []
+    for seed in range(1, 5):
+        emulation.set_seed(seed)
+        for found, barrier in ((with_barrier, True), (without, False)):
+            arguments = (ctypes.c_bool(cooperative), ctypes.c_bool(barrier))
+            found.append(library.teams_see_each_other(*arguments))
+    assert all(with_barrier)
+    assert not any(without)
+    assert library.detects_deserters()
+
+
+def test_the_emulation_finds_copies_that_are_not_waited_for(emulation):
+    library = emulation.library
+    library.copies_come.restype = ctypes.c_bool
+    assert library.copies_come(ctypes.c_bool(True))
+    assert not library.copies_come(ctypes.c_bool(False))
+
+
 # -- the dictionary ----------------------------------------------------------
 
 
@@ -194,7 +231,6 @@ def test_dictionary_matches_the_reference(emulation, features, data):
     ],
 )
 def test_dictionary_shapes(emulation, n, d, num_prototypes, dtype):
-    """Float32 runs small problems in one block, float64 as a series of launches."""
     assert_matches_reference(
         emulation.ops,
         rows(n, d).to(dtype) + 3,
@@ -203,13 +239,81 @@ def test_dictionary_shapes(emulation, n, d, num_prototypes, dtype):
     )
 
 
-def test_dictionary_of_more_rows_than_one_block_takes(emulation):
+@pytest.mark.parametrize(
+    ("n", "d", "launches"),
+    [
+        (300, 3, 1),  # all of it by a cluster
+        (300, 260, 2),  # projected by the grid, clustered by a cluster
+        (4200, 3, 3),  # projected by the grid, seeded by a cluster, iterated by the grid
+    ],
+)
+def test_launches(emulation, n, d, launches):
+    """A small problem is one launch, a large one a launch for each stage."""
+    features = rows(n, d) + 4 * rows(4, d, 1)[torch.arange(n) % 4]
     before = emulation.launches()
-    assert_matches_reference(emulation.ops, rows(5000, 3), draws(4), max_iter=4)
-    assert emulation.launches() - before > 20
+    assert_matches_reference(emulation.ops, features, draws(4), components=min(d, 3), max_iter=4)
+    assert emulation.launches() - before == launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("n", "d", "num_prototypes"),
+    [
+        (250, 90, 6),  # a team projects
+        (290, 70, 66),  # more centres than a tile has, longer rows than are staged at once
+        (4100, 4, 20),  # the grid
+    ],
+)
+def test_devices(emulation, n, d, num_prototypes, device, dtype):
+    """Whatever the team and whatever has room in shared memory, the result is the same."""
+    emulation.set_device(*DEVICES[device])
+    assert_matches_reference(
+        emulation.ops,
+        rows(n, d).to(dtype) + 3,
+        draws(num_prototypes),
+        components=min(d, num_prototypes - 1) if num_prototypes < 60 else d,
+        max_iter=3,
+    )
+
+
+def test_long_rows_and_many_centres_of_the_grid(emulation):
+    """Neither centres nor sums have room in shared memory; the last tile of rows is short."""
+    emulation.set_device(8, 3, 56 << 10)
     before = emulation.launches()
-    assert_matches_reference(emulation.ops, rows(300, 3), draws(4), max_iter=4)
-    assert emulation.launches() - before == 2
+    assert_matches_reference(
+        emulation.ops, rows(700, 75), draws(90, greedy=False), max_iter=2, tol=0.0
+    )
+    assert emulation.launches() - before == 3
+
+
+def test_seeding_of_many_rows_uses_a_sample(emulation):
+    """Row i of the sample is one of the i-th stratum; the seeds are those of the sample alone."""
+    n, sample, num_prototypes = 16_500, 8192, 3
+    features = rows(n, 2).double() + 5 * rows(3, 2, 1)[torch.arange(n) % 3].double()
+    i = torch.arange(sample)
+    start, end = i * n // sample, (i + 1) * n // sample
+    chosen = start + (((i * 2654435769) % 2**32 * (end - start)) >> 32)
+    centered = features - features.mean(0)
+    uniforms = draws(num_prototypes)
+    seeds = chosen[reference._plus_plus(centered[chosen], uniforms)]
+    arguments = (num_prototypes, 3, 1e-4)
+    got = emulation.ops.confounder_dictionary(features, uniforms, None, 2, *arguments[1:])
+    exact = reference.confounder_dictionary(features, uniforms, features[seeds], 2, *arguments[1:])
+    assert torch.equal(got[2], exact[2])
+    torch.testing.assert_close(got[0], exact[0])
+    assert int(got[4]) == int(exact[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_between_two_centres_are_decided_exactly(emulation, dtype):
+    """Products in float32 cannot tell these centres apart; distances in float64 can."""
+    features = rows(200, 12).to(dtype) * 3
+    start = features[:8].repeat(3, 1)
+    start[8:16] += 1e-6 * rows(8, 12, 5).to(dtype)  # the rest are equal
+    arguments = (draws(24), start, 12, 1, 0.0)
+    labels = emulation.ops.confounder_dictionary(features, *arguments)[2]
+    assert torch.equal(labels, reference.confounder_dictionary(features, *arguments)[2])
 
 
 @pytest.mark.parametrize(("n", "d", "components"), [(70, 140, 3), (200, 150, 5), (60, 64, 1)])
@@ -241,6 +345,20 @@ def test_fewer_distinct_rows_than_prototypes(emulation, dtype):
     torch.testing.assert_close(prototypes[labels], features)
     surplus = prototypes[proportions == 0]
     torch.testing.assert_close(surplus, features.mean(0).expand_as(surplus))
+
+
+@pytest.mark.parametrize("device", ["clusters", "no clusters"])
+@pytest.mark.parametrize("n", [900, 4200])
+def test_empty_clusters_take_the_farthest_rows_of_all_blocks(emulation, n, device):
+    """Most clusters start empty, and the rows they take lie in different blocks."""
+    emulation.set_device(*DEVICES[device])
+    features = rows(n, 12)
+    features[:: n // 9] *= torch.arange(3.0, 13.0)[: len(features[:: n // 9]), None]
+    start = rows(12, 12, 2)
+    start[2:11] = 1000 + 100 * rows(9, 12, 3)
+    assert_matches_reference(
+        emulation.ops, features, draws(12), start=start, components=12, max_iter=6, tol=0.0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -419,16 +537,25 @@ def test_the_order_of_threads_and_blocks_does_not_matter(emulation):
     grad = rows(37, 12)
 
     def everything() -> list[Tensor]:
-        small = emulation.ops.confounder_dictionary(rows(90, 70), draws(6), None, 5, 6, 1e-4)
+        found: list[Tensor] = []
+        for device in DEVICES.values():
+            emulation.set_device(*device)
+            found += emulation.ops.confounder_dictionary(rows(90, 170), draws(6), None, 5, 6, 1e-4)
+        found += emulation.ops.confounder_dictionary(
+            rows(290, 70), draws(66, greedy=False), None, 70, 2, 0.0
+        )
         wide = emulation.ops.confounder_dictionary(
             rows(50, 140).double(), draws(6), None, 5, 6, 1e-4
         )
         wild = emulation.ops.confounder_dictionary(
             rows(5, 3).repeat(9, 1), draws(9), rows(9, 3, 4) * 9, 3, 6, 1e-4
         )
+        large = emulation.ops.confounder_dictionary(
+            rows(4200, 3), draws(9), rows(9, 3, 4) * 9, 3, 3, 0.0
+        )
         compensated, grads = run_compensate(emulation.ops, inputs, grad, True, 1.0)
         loss = emulation.ops.compensated_kd_loss(*inputs.loss_operands, 4.0, False, 1.0, True, True)
-        return [*small, *wide, *wild, compensated, *grads, *loss]
+        return [*found, *wide, *wild, *large, compensated, *grads, *loss]
 
     results = []
     for seed in (0, 1, 20):
