@@ -57,6 +57,29 @@ def feature_rows(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> T
     return with_layout(rows.to(dtype), draw(st.sampled_from(LAYOUTS)))
 
 
+@st.composite
+def many_rows(draw: st.DrawFn) -> Tensor:
+    """Rows of a size at which assignment skips rows, compares products and rounds to integers."""
+    n = draw(st.sampled_from([3000, 4097, 6000]))
+    d = draw(st.sampled_from([8, 13, 32]))
+    kind = draw(st.sampled_from(["cloud", "clusters", "duplicates", "outlier", "far", "one line"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    if kind == "clusters":
+        members = torch.randint(30, (n,), generator=generator)
+        rows += 4 * torch.randn(30, d, generator=generator, dtype=torch.float64)[members]
+    elif kind == "duplicates":
+        rows = rows[torch.randint(60, (n,), generator=generator)]
+    elif kind == "outlier":
+        rows[0] *= 1e4
+    elif kind == "far":
+        rows += 1e3
+    elif kind == "one line":
+        rows = rows[:, :1] * torch.ones(d, dtype=torch.float64)
+    rows *= draw(st.sampled_from([1.0, 1e-20, 1e20]))
+    return rows.to(draw(st.sampled_from([torch.float32, torch.float64])))
+
+
 @dataclass
 class Attention:
     """Inputs of the compensation, in one bundle."""

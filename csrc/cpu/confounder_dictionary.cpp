@@ -30,9 +30,12 @@ int64_t num_slices(int64_t n) {
 
 // Sums of the rows [K, d], in double, take no more memory than 1/32 of the
 // projected rows [n, q].
-int64_t num_row_slices(int64_t n, int64_t q, int64_t num_prototypes, int64_t d) {
-  return std::clamp<int64_t>(
-      n * q / (64 * num_prototypes * d), 1, max_slices);
+int64_t num_row_slices(
+    int64_t n,
+    int64_t q,
+    int64_t num_prototypes,
+    int64_t d) {
+  return std::clamp<int64_t>(n * q / (64 * num_prototypes * d), 1, 8);
 }
 
 template <typename T>

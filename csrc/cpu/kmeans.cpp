@@ -59,8 +59,7 @@ Kmeans<T>::Kmeans(
       num_centers_(num_centers),
       candidates_(candidates),
       num_tiles_((n + tile_points - 1) / tile_points),
-      small_(
-          n <= 16 * num_centers || n * num_centers * depth <= (1 << 18)),
+      small_(n <= 16 * num_centers || n * num_centers * depth <= (1 << 18)),
       sample_size_(sample_size(n, num_centers)),
       sample_tiles_((sample_size_ + tile_points - 1) / tile_points) {
   tiles_ = arena.take<T>(num_tiles_ * depth * tile_points);

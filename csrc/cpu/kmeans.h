@@ -83,14 +83,14 @@ class Kmeans {
   int64_t sample_size_;  // points to choose centres from
   int64_t sample_tiles_; // tiles of these
 
-  T* tiles_;            // [num_tiles, depth, 64]
-  T* sample_;           // [sample_tiles, depth, 64], or tiles_ itself
-  T* centers_;          // [depth, K]
-  T* before_;           // [depth, K]: centres before the last move
-  T* packed_;           // centres or candidates, packed
-  uint32_t* pairs_;     // centres as 16-bit integers, packed in pairs
-  T* bias_;             // [K]
-  T* drift_;            // [K]
+  T* tiles_;        // [num_tiles, depth, 64]
+  T* sample_;       // [sample_tiles, depth, 64], or tiles_ itself
+  T* centers_;      // [depth, K]
+  T* before_;       // [depth, K]: centres before the last move
+  T* packed_;       // centres or candidates, packed
+  uint32_t* pairs_; // centres as 16-bit integers, packed in pairs
+  T* bias_;         // [K]
+  T* drift_;        // [K]
   bool has_slack_ = false;
   // The slack of each point; or squared distances, of the sample's points to
   // the chosen centres, or of all points to their own.

@@ -144,12 +144,7 @@ PrincipalSubspace<T>::PrincipalSubspace(
     int64_t d,
     int64_t q,
     T* basis)
-    : n_(n),
-      d_(d),
-      q_(q),
-      size_(std::min(n, d)),
-      gram_(n < d),
-      basis_(basis) {
+    : n_(n), d_(d), q_(q), size_(std::min(n, d)), gram_(n < d), basis_(basis) {
   num_tiles_ = (size_ + tile_points - 1) / tile_points;
   // Columns beyond q speed up convergence, and protect against a start block
   // that is nearly orthogonal to a wanted direction. A full solution takes
@@ -210,6 +205,12 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
     if (coarse && variance() < coarse_deviation * coarse_deviation * n_ * d_) {
       form_covariance(rows, false);
     }
+  }
+  // What fills up the last tile was not written.
+  const int64_t last = num_tiles_ - 1;
+  for (int64_t k = 0; k < size_; ++k) {
+    T* row = matrix_ + (last * size_ + k) * tile_points;
+    std::fill(row + tile_size(last), row + tile_points, T(0));
   }
   const double trace = variance();
   if (!(trace > 0)) {
@@ -444,9 +445,9 @@ bool PrincipalSubspace<T>::iterate() {
     round_matrix();
   }
   sketch();
+  orthonormalize(true);
   double missing = missing_at_first;
   for (int cycle = 0; cycle < max_cycles; ++cycle) {
-    orthonormalize();
     apply();
     restrict_matrix();
     // A polynomial that is small on [0, cut] grows like this at the last
@@ -583,9 +584,6 @@ void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
   const int period = std::clamp<int>(std::log(depth) / std::log(spread), 1, 4);
   for (int step = 0; step < degree; ++step) {
     if (step > 0) {
-      if (step % period == 0) {
-        orthonormalize();
-      }
       apply();
     }
     // Small and large roots take turns.
@@ -595,15 +593,19 @@ void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
     for (int64_t i = 0; i < num_tiles_ * width_ * tile_points; ++i) {
       block_[i] = product_[i] - root * block_[i];
     }
+    if ((step + 1) % period == 0 || step + 1 == degree) {
+      orthonormalize(false);
+    }
   }
 }
 
-/// Factorizes V^T V, of columns scaled to length 1, into L L^T.
+/// Factorizes V^T V, of columns scaled to length 1, into L L^T; `precise` where
+/// columns may be nearly parallel.
 template <typename T>
-void PrincipalSubspace<T>::factorize_block() {
+void PrincipalSubspace<T>::factorize_block(bool precise) {
   const int64_t w = width_;
   subspace_kernels<T>().inner_products(
-      block_, block_, num_tiles_, w, small_gram_);
+      block_, block_, num_tiles_, w, precise, small_gram_);
   for (int64_t i = 0; i < w; ++i) {
     const double square = small_gram_[i * w + i];
     norms_[i] = square > 0 ? std::sqrt(square) : 1;
@@ -613,7 +615,9 @@ void PrincipalSubspace<T>::factorize_block() {
       small_gram_[i * w + j] /= norms_[i] * norms_[j];
     }
   }
-  eigen_kernels().cholesky(small_gram_, w, 1e-12, kept_);
+  // What is left of a column must be more than the rounding of the products.
+  const bool rounded = sizeof(T) == 4 && !precise;
+  eigen_kernels().cholesky(small_gram_, w, rounded ? 1e-6 : 1e-12, kept_);
 }
 
 /// rotated = block * the first `count` columns of rotation_, with the scaling
@@ -649,8 +653,8 @@ void PrincipalSubspace<T>::rotate(int64_t count) {
 /// Makes the columns of the block orthonormal, or zero where they depend on
 /// those before them.
 template <typename T>
-void PrincipalSubspace<T>::orthonormalize() {
-  factorize_block();
+void PrincipalSubspace<T>::orthonormalize(bool precise) {
+  factorize_block(precise);
   for (int64_t i = 0; i < width_ * width_; ++i) {
     rotation_[i] = i % (width_ + 1) == 0;
   }
@@ -665,9 +669,9 @@ template <typename T>
 void PrincipalSubspace<T>::restrict_matrix() {
   const auto& kernels = eigen_kernels();
   const int64_t w = width_;
-  factorize_block();
+  factorize_block(false);
   subspace_kernels<T>().inner_products(
-      block_, product_, num_tiles_, w, restricted_);
+      block_, product_, num_tiles_, w, false, restricted_);
   for (int64_t i = 0; i < w; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       const double entry = kept_[i] && kept_[j]

@@ -53,8 +53,8 @@ class PrincipalSubspace {
   void sketch();
   void apply();
   void filter(double cut, double spread, int degree);
-  void factorize_block();
-  void orthonormalize();
+  void factorize_block(bool precise);
+  void orthonormalize(bool precise);
   void restrict_matrix();
   void rotate(int64_t count);
   void take_leading();
@@ -75,19 +75,19 @@ class PrincipalSubspace {
 
   // The matrix, and blocks of vectors, are stored in tiles (see
   // simd/kmeans.h): their columns, or the vectors' entries, are the points.
-  T* basis_;           // [d, q]
-  T* leading_;         // [size, q]: the subspace of the matrix
-  T* centered_;        // [groups, chunk_rows, stride]
-  T* partial_;         // [groups, num_tiles, size, 64]
-  T* matrix_;          // [num_tiles, size, 64]
-  T* block_;           // [num_tiles, width, 64]: the subspace's basis V
-  T* product_;         // [num_tiles, width, 64]: matrix V
-  T* rotated_;         // [num_tiles, width, 64]
-  T* packed_;          // a block, packed for products with the matrix
+  T* basis_;    // [d, q]
+  T* leading_;  // [size, q]: the subspace of the matrix
+  T* centered_; // [groups, chunk_rows, stride]
+  T* partial_;  // [groups, num_tiles, size, 64]
+  T* matrix_;   // [num_tiles, size, 64]
+  T* block_;    // [num_tiles, width, 64]: the subspace's basis V
+  T* product_;  // [num_tiles, width, 64]: matrix V
+  T* rotated_;  // [num_tiles, width, 64]
+  T* packed_;   // a block, packed for products with the matrix
   // The same two as 16-bit integers, where there are products of these.
   uint32_t* matrix_pairs_; // [num_tiles, size / 2, 64]
   float matrix_factor_;
-  float* unscale_; // [width]
+  float* unscale_;     // [width]
   T* packed_rotation_; // [width, width]
   double* small_gram_; // [width, width]: V^T V
   double* restricted_; // [width, width]: the matrix in the subspace of V

@@ -266,8 +266,7 @@ class AssignPass {
       int64_t first,
       uint64_t chosen,
       Collected<T>& to) {
-    append_points(
-        points, stride, task_.depth, chosen, to.points + to.count);
+    append_points(points, stride, task_.depth, chosen, to.points + to.count);
     int64_t count = to.count;
     for (; chosen != 0; chosen &= chosen - 1) {
       to.rows[count++] = first + __builtin_ctzll(chosen);
@@ -290,11 +289,7 @@ class AssignPass {
   }
 
   /// Labels a row whose coordinates are `stride` apart.
-  void set_label(
-      int64_t row,
-      int64_t label,
-      const T* point,
-      int64_t stride) {
+  void set_label(int64_t row, int64_t label, const T* point, int64_t stride) {
     const int64_t old = task_.labels[row];
     if (old == label) {
       return;
@@ -378,17 +373,15 @@ class AssignPass {
         task_.num_centers,
         worst,
         nearest,
-        [&](auto group, int64_t column, int64_t i, auto& block)
-            KDCI_ALWAYS_INLINE {
-              constexpr int width = decltype(group)::value;
-              start<width>(task_.bias + column, block);
-              accumulate<false, T, width, num_vectors>(
-                  points + i,
-                  depth,
-                  task_.columns + column * depth,
-                  block,
-                  stride);
-            });
+        [&](auto group,
+            int64_t column,
+            int64_t i,
+            auto& block) KDCI_ALWAYS_INLINE {
+          constexpr int width = decltype(group)::value;
+          start<width>(task_.bias + column, block);
+          accumulate<false, T, width, num_vectors>(
+              points + i, depth, task_.columns + column * depth, block, stride);
+        });
     T squares[tile_points] = {};
     for (int64_t k = 0; k < depth; ++k) {
       for (int64_t i = 0; i < tile_points; ++i) {
@@ -477,8 +470,8 @@ class AssignPass {
             });
     // Each of the depth products is off by at most half of each factor.
     const float half_root = root(static_cast<float>(task_.depth)) / 2;
-    const float center_error = half_root *
-            (task_.largest_center * task_.pair_scale + 2 * half_root) +
+    const float center_error =
+        half_root * (task_.largest_center * task_.pair_scale + 2 * half_root) +
         128;
     float slack[tile_points];
     float certain[tile_points]; // if positive
@@ -535,7 +528,8 @@ class AssignPass {
     }
     float largest_square = 0;
     for (int64_t i = 0; i < tile_points; ++i) {
-      largest_square = squares[i] > largest_square ? squares[i] : largest_square;
+      largest_square =
+          squares[i] > largest_square ? squares[i] : largest_square;
     }
     const float length = __builtin_sqrtf(largest_square);
     largest = length > largest ? length : largest;
@@ -547,8 +541,8 @@ class AssignPass {
 
   const Assignment<T>& task_;
   int64_t moves_ = 0;
-  Collected<T> active_; // have no slack
-  Collected<T> close_;  // have two centres that are nearly as near
+  Collected<T> active_;       // have no slack
+  Collected<T> close_;        // have two centres that are nearly as near
   uint32_t* pairs_ = nullptr; // [depth / 2, 64]: coordinates 2k and 2k + 1
 };
 

@@ -25,20 +25,20 @@ struct Assignment {
   // are compared, and there is no slack. Else the columns are -c and
   // |c|^2 / 2 - x.c is compared, in half the time but blind to differences
   // that the rounding of products hides.
-  const T* columns;       // packed
-  const T* bias;          // [K]: |c|^2 / 2
+  const T* columns; // packed
+  const T* bias;    // [K]: |c|^2 / 2
   // Or null: -c * pair_scale rounded to 16-bit integers, packed in pairs of
   // coordinates 2k, 2k + 1; lengths are at most 2^15 then.
   const uint32_t* pairs; // [(depth + 1) / 2, K]
   float pair_scale;
   T largest_center; // |c| at most
-  const T* drift;         // [K]: of a point's slack, by label; null at first
-  T* slack;               // [num_tiles * 64]
-  int64_t* labels; // [n], -1 at first
+  const T* drift;   // [K]: of a point's slack, by label; null at first
+  T* slack;         // [num_tiles * 64]
+  int64_t* labels;  // [n], -1 at first
   // What labels that change add to the sums of the clusters' points, times
   // sum_scale and rounded, and to their sizes: integers, so that the order of
   // the points does not matter. May be null.
-  int64_t* sums; // [K, depth]
+  int64_t* sums;   // [K, depth]
   int64_t* counts; // [K]
   double sum_scale;
 };

@@ -6,8 +6,8 @@
 namespace kdci::KDCI_SIMD {
 namespace {
 
-/// Makes a value unknown to the compiler, so that nothing is computed in advance
-/// or only once.
+/// Makes a value unknown to the compiler, so that nothing is computed in
+/// advance or only once.
 inline void forget(Vec<float>& value) {
 #if defined(KDCI_SIMD_X86)
   asm volatile("" : "+x"(value));

@@ -70,27 +70,37 @@ void add_products(
   });
 }
 
+/// Values of type T as vectors of Sum.
+template <typename Sum, typename T>
+KDCI_INLINE Vec<Sum> load_as(const T* from) {
+  if constexpr (sizeof(Sum) == sizeof(T)) {
+    return load(from);
+  } else {
+    return widen(from);
+  }
+}
+
 /// Sums of products of coordinates i..i+rows of `a` and j..j+columns of `b`.
-template <int rows, int columns, typename T>
-KDCI_INLINE void inner_block(
+template <typename Sum, int rows, int columns, typename T>
+void inner_block(
     const T* a,
     const T* b,
     int64_t num_tiles,
     int64_t depth,
     double* products,
     int64_t stride) {
-  Vec<T> sums[rows][columns] = {};
+  Vec<Sum> sums[rows][columns] = {};
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    for (int64_t lane = 0; lane < tile_points; lane += lanes<T>) {
+    for (int64_t lane = 0; lane < tile_points; lane += lanes<Sum>) {
       const int64_t at = tile * depth * tile_points + lane;
-      Vec<T> right[columns];
+      Vec<Sum> right[columns];
 #pragma GCC unroll 4
       for (int c = 0; c < columns; ++c) {
-        right[c] = load(b + at + c * tile_points);
+        right[c] = load_as<Sum>(b + at + c * tile_points);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < rows; ++r) {
-        const Vec<T> left = load(a + at + r * tile_points);
+        const Vec<Sum> left = load_as<Sum>(a + at + r * tile_points);
 #pragma GCC unroll 4
         for (int c = 0; c < columns; ++c) {
           sums[r][c] += left * right[c];
@@ -101,7 +111,7 @@ KDCI_INLINE void inner_block(
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < columns; ++c) {
       double sum = 0;
-      for (int64_t j = 0; j < lanes<T>; ++j) {
+      for (int64_t j = 0; j < lanes<Sum>; ++j) {
         sum += sums[r][c][j];
       }
       products[r * stride + c] = sum;
@@ -115,12 +125,15 @@ void inner_products(
     const T* b,
     int64_t num_tiles,
     int64_t depth,
+    bool precise,
     double* products) {
   constexpr int rows = vector_bytes == 64 ? 6 : 3;
   constexpr int columns = 4;
+  const auto compute = precise ? inner_block<double, rows, columns, T>
+                               : inner_block<T, rows, columns, T>;
   for (int64_t i = 0; i < depth; i += rows) {
     for (int64_t j = 0; j < i + rows; j += columns) {
-      inner_block<rows, columns>(
+      compute(
           a + i * tile_points,
           b + j * tile_points,
           num_tiles,
@@ -252,7 +265,8 @@ void pack_pair_block(
           _mm256_storeu_si256(
               (__m256i*)lane_pairs,
               _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)value)));
-          const int64_t used = (count - i + 1) / 2 < 8 ? (count - i + 1) / 2 : 8;
+          const int64_t used =
+              (count - i + 1) / 2 < 8 ? (count - i + 1) / 2 : 8;
           for (int64_t j = 0; j < used; ++j) {
             *to = lane_pairs[j];
             to += columns;

@@ -101,13 +101,14 @@ struct SubspaceKernels {
       bool accumulated);
 
   /// products [depth, depth] = sum over all points of a_i b_j, for j <= i; the
-  /// rest is left undefined. `depth` is a multiple of
-  /// 12.
+  /// rest is left undefined. `depth` is a multiple of 12. Sums are made in
+  /// double if `precise`.
   void (*inner_products)(
       const T* a,
       const T* b,
       int64_t num_tiles,
       int64_t depth,
+      bool precise,
       double* products);
 };
 
