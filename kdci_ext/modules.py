@@ -165,6 +165,9 @@ class KDCI(nn.Module):
         pca_components: See :func:`kdci_ext.functional.confounder_dictionary`.
         max_iter: Likewise.
         tol: Likewise.
+        warm_start: Let every :meth:`update` but the first start from the prototypes of the last
+            one instead of k-means++: fewer iterations where a generator's batches change slowly,
+            and prototypes that keep their places.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Raises:
@@ -194,6 +197,7 @@ class KDCI(nn.Module):
         pca_components: int | Literal["auto"] = "auto",
         max_iter: int = 50,
         tol: float = 1e-4,
+        warm_start: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -210,6 +214,7 @@ class KDCI(nn.Module):
         self.pca_components = pca_components
         self.max_iter = _checks.positive_int("max_iter", max_iter)
         self.tol = _checks.finite_float("tol", tol)
+        self.warm_start = warm_start
         # NaN until the first update, so that a dictionary nobody built cannot pass unseen.
         nan = float("nan")
         self.register_buffer("prototypes", torch.full((num_prototypes, num_classes), nan))
@@ -248,6 +253,7 @@ class KDCI(nn.Module):
         found = confounder_dictionary(
             *(teacher_logits, self.num_prototypes, self.pca_components),
             generator=generator,
+            initial_prototypes=self.prototypes if self.warm_start and self._ready else None,
             max_iter=self.max_iter,
             tol=self.tol,
             backend=self.compensation.backend,

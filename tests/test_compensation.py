@@ -422,6 +422,20 @@ def test_kdci_is_its_parts():
     assert torch.equal(kdci(student_logits), kdci.compensation(student_logits, d))
 
 
+def test_warm_start_goes_on_from_the_last_prototypes():
+    """From logits that hardly changed it takes fewer iterations than k-means++ needs, and every
+    prototype stays where it was in the dictionary.
+    """
+    torch.manual_seed(1)
+    centers = 5 * torch.randn(8, 10)
+    logits = centers[torch.randint(8, (400,))] + 1.5 * torch.randn(400, 10)
+    kdci = KDCI(10, 8, warm_start=True)
+    first = kdci.update(logits)
+    again = kdci.update(logits + 0.01 * torch.randn(400, 10))
+    assert int(again.num_iter) <= 3 < int(first.num_iter)
+    torch.testing.assert_close(again.prototypes, first.prototypes, rtol=0, atol=0.1)
+
+
 def test_kdci_state_holds_the_dictionary():
     kdci = KDCI(10, 8)
     fresh = KDCI(10, 8)
