@@ -132,9 +132,6 @@ def confounder_dictionary(
 
     if check_finite is None:
         check_finite = features.device.type == "cpu" and not torch.compiler.is_compiling()
-    if check_finite and initial_prototypes is not None:
-        if not bool(torch.isfinite(initial_prototypes).all()):
-            raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
 
     candidates = 1 if init == "plain" else 2 + int(math.log(num_prototypes))
     drawn_on = features.device if generator is None else generator.device
@@ -149,8 +146,10 @@ def confounder_dictionary(
     dictionary = ConfounderDictionary(
         *operator(features, uniforms, initial_prototypes, num_components, max_iter, float(tol))
     )
-    # The operators return NaN for features that are not finite, so that looking is free.
+    # The operators return NaN for inputs that are not finite, so that looking is free.
     if check_finite and math.isnan(dictionary.inertia.item()):
+        if initial_prototypes is not None and not bool(torch.isfinite(initial_prototypes).all()):
+            raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
         _raise_not_finite(features)
     return dictionary
 

@@ -48,7 +48,8 @@ def confounder_dictionary(
     rows = features.to(dtype)
     n = rows.shape[0]
     mean = rows.double().sum(0) / n
-    if not bool(torch.isfinite(mean).all()):
+    start = mean if initial_prototypes is None else initial_prototypes
+    if not (bool(torch.isfinite(mean).all()) and bool(torch.isfinite(start).all())):
         nan = rows.new_full((), float("nan"))
         return (
             nan.expand(num_prototypes, rows.shape[1]).clone(),
