@@ -17,8 +17,12 @@ namespace {
 
 // Iterations end when the variance that the subspace still misses is about
 // this fraction of what it captures: clusters differ by more from seed to seed.
+// Where there are so many rows that forming the matrix takes most of the time,
+// more iterations cost nothing.
 template <typename T>
-constexpr double tolerance = sizeof(T) == 4 ? 1e-3 : 1e-11;
+double tolerance(int64_t n, int64_t d) {
+  return sizeof(T) == 8 ? 1e-11 : n >= 8 * d ? 1e-8 : 1e-3;
+}
 
 // Off-diagonal entries that an eigendecomposition leaves. They shift its
 // eigenvalues by their squares.
@@ -446,6 +450,7 @@ bool PrincipalSubspace<T>::iterate() {
   }
   sketch();
   orthonormalize(true);
+  const double enough = tolerance<T>(n_, d_);
   double missing = missing_at_first;
   for (int cycle = 0; cycle < max_cycles; ++cycle) {
     apply();
@@ -454,7 +459,7 @@ bool PrincipalSubspace<T>::iterate() {
     // wanted value.
     const Spectrum start = spectrum<T>(restricted_, width_, q_);
     const double cut = std::max(start.last, start.first * 1e-6);
-    const double needed = std::acosh(std::sqrt(missing / tolerance<T>));
+    const double needed = std::acosh(std::sqrt(missing / enough));
     const double degree = std::clamp(
         std::ceil(needed / growth(start.wanted, cut)), 2.0, 1.0 * max_degree);
     filter(cut, start.first / cut, static_cast<int>(degree));
@@ -463,7 +468,7 @@ bool PrincipalSubspace<T>::iterate() {
     const Spectrum end = spectrum<T>(restricted_, width_, q_);
     const double grown = std::cosh(degree * growth(end.wanted, cut));
     missing /= grown * grown;
-    if (missing <= 4 * tolerance<T>) {
+    if (missing <= 4 * enough) {
       take_leading();
       return true;
     }
@@ -580,7 +585,7 @@ void PrincipalSubspace<T>::apply() {
 template <typename T>
 void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
   // What drowns is what falls below the rounding of a column.
-  const double depth = pairs_ ? 1e2 : 2e3;
+  const double depth = pairs_ ? 1.6e3 : 2e3;
   const int period = std::clamp<int>(std::log(depth) / std::log(spread), 1, 4);
   for (int step = 0; step < degree; ++step) {
     if (step > 0) {
