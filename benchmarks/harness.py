@@ -297,6 +297,9 @@ def header(threads: int, packages: Sequence[str], **more: object) -> dict[str, s
         "machine": f"{processor}, {threads} of {torch.multiprocessing.cpu_count()} cores",
         "build": f"simd {info['simd']}, {info['compiler']}, Python {platform.python_version()}",
         "versions": ", ".join(versions),
+        "cuda": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "no GPU: the CUDA kernels were not run",
         "commit": commit or "none",
         "threads": str(threads),
         "date": date.today().isoformat(),
