@@ -79,8 +79,8 @@ def confounder_dictionary(
 
     Up to 256 dimensions (the smaller of n and d) the subspace is exact but for rounding; beyond, it
     misses some thousandths of the variance that the best one captures, in pure noise hundredths.
-    With n >= 2 m rows, m = max(8192, 64 K), k-means++ looks at m of them, one of each equal stretch;
-    Lloyd's iterations always use all.
+    With n >= 2 m rows, m = max(8192, 64 K), k-means++ looks at m of them, one of each equal
+    stretch; Lloyd's iterations always use all.
 
     Args:
         features: Predictions (teacher logits) M, [n, d], float32, float64, bfloat16 or float16.
@@ -127,7 +127,8 @@ def confounder_dictionary(
     _checks.finite_float("tol", tol)
     if tol < 0:
         raise ValueError(f"tol={tol} must be >= 0")
-    features = features.detach()
+    if features.requires_grad:
+        features = features.detach()
     if initial_prototypes is not None:
         _checks.tensor("initial_prototypes", initial_prototypes, ("K", "d"))
         _checks.size("initial_prototypes", initial_prototypes, 0, num_prototypes, "num_prototypes")
@@ -142,7 +143,9 @@ def confounder_dictionary(
     drawn_on = features.device if generator is None else generator.device
     uniforms = torch.rand(
         num_prototypes, candidates, dtype=torch.float64, generator=generator, device=drawn_on
-    ).to(features.device, non_blocking=True)
+    )
+    if drawn_on != features.device:
+        uniforms = uniforms.to(features.device, non_blocking=True)
     operator = (
         torch.ops.kdci_ext.confounder_dictionary.default
         if _use_native(backend, features.device)

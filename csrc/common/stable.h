@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace kdci {
 
@@ -22,6 +23,40 @@ using torch::stable::Tensor;
 /// float32 for everything narrower.
 inline ScalarType accumulate_type(ScalarType input) {
   return input == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+/// An uninitialised contiguous CPU tensor of sizes[dim]. The C function behind
+/// it takes a third of the time of a call through the dispatcher, which small
+/// problems feel.
+inline Tensor empty_cpu(
+    std::initializer_list<int64_t> sizes,
+    ScalarType dtype) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  const auto dim = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dim <= 4, "empty_cpu: more than 4 dimensions");
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+  }
+  const int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+      : dtype == ScalarType::Double               ? aoti_torch_dtype_float64()
+      : dtype == ScalarType::Long                 ? aoti_torch_dtype_int64()
+                                                  : aoti_torch_dtype_uint8();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double ||
+          dtype == ScalarType::Long || dtype == ScalarType::Byte,
+      "empty_cpu: unexpected type");
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim,
+      sizes.begin(),
+      strides,
+      code,
+      aoti_torch_device_type_cpu(),
+      0,
+      &handle));
+  return Tensor(handle);
 }
 
 /// A contiguous tensor of type `dtype` with the values of `tensor`; `tensor`

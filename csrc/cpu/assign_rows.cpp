@@ -263,7 +263,7 @@ void assign_block(const Problem<T>& problem) {
   }
   Arena count;
   Buffers<T>(count, problem);
-  const Tensor memory = torch::stable::empty({count.bytes()}, ScalarType::Byte);
+  const Tensor memory = empty_cpu({count.bytes()}, ScalarType::Byte);
   Arena arena(memory.mutable_data_ptr());
   const Buffers<T> buffers(arena, problem);
 
@@ -328,9 +328,9 @@ std::tuple<Tensor, Tensor, Tensor> assign_rows(
   } else {
     STD_TORCH_CHECK(q == d, "centers must be of shape [K, d]");
   }
-  Tensor labels = torch::stable::empty({m}, ScalarType::Long);
-  Tensor distances = torch::stable::empty({m}, ScalarType::Double);
-  Tensor sums = torch::stable::empty({num_centers, d}, ScalarType::Double);
+  Tensor labels = empty_cpu({m}, ScalarType::Long);
+  Tensor distances = empty_cpu({m}, ScalarType::Double);
+  Tensor sums = empty_cpu({num_centers, d}, ScalarType::Double);
 
   const auto run = [&](auto zero) {
     using T = decltype(zero);

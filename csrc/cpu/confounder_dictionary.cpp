@@ -327,6 +327,7 @@ void build_dictionary(const Problem<T>& problem) {
 
   Arena count;
   Buffers<T>(count, problem, q, project);
+  // Through the dispatcher, so that PyTorch's profiler shows it.
   const Tensor memory = torch::stable::empty({count.bytes()}, ScalarType::Byte);
   Arena arena(memory.mutable_data_ptr());
   Buffers<T> buffers(arena, problem, q, project);
@@ -422,11 +423,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confounder_dictionary(
         "initial_prototypes must be of shape [K, d]");
     initial = as_contiguous(*initial_prototypes, ScalarType::Double);
   }
-  Tensor prototypes = torch::stable::empty({num_prototypes, d}, dtype);
-  Tensor proportions = torch::stable::empty({num_prototypes}, dtype);
-  Tensor labels = torch::stable::empty({n}, ScalarType::Long);
-  Tensor inertia = torch::stable::empty({}, ScalarType::Double);
-  Tensor num_iter = torch::stable::empty({}, ScalarType::Long);
+  Tensor prototypes = empty_cpu({num_prototypes, d}, dtype);
+  Tensor proportions = empty_cpu({num_prototypes}, dtype);
+  Tensor labels = empty_cpu({n}, ScalarType::Long);
+  Tensor inertia = empty_cpu({}, ScalarType::Double);
+  Tensor num_iter = empty_cpu({}, ScalarType::Long);
 
   const auto run = [&](auto zero) {
     using T = decltype(zero);
