@@ -138,13 +138,23 @@ inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
   }
 }
 
-template <typename T>
+// The largest lane of each half, again and again; NaN lanes may be passed over.
+template <int size, typename T, int... lane>
+inline Vec<T> halves_maximum(
+    Vec<T> values,
+    std::integer_sequence<int, lane...>) {
+  return maximum<T>(
+      values, __builtin_shufflevector(values, values, (lane ^ (size / 2))...));
+}
+
+template <typename T, int size = int(lanes<T>)>
 inline T largest_lane(Vec<T> values) {
-  T largest = values[0];
-  for (int64_t lane = 1; lane < lanes<T>; ++lane) {
-    largest = values[lane] > largest ? values[lane] : largest;
+  if constexpr (size == 1) {
+    return values[0];
+  } else {
+    return largest_lane<T, size / 2>(halves_maximum<size, T>(
+        values, std::make_integer_sequence<int, int(lanes<T>)>()));
   }
-  return largest;
 }
 
 // numerator / x; unless `divide` by an estimate of 14 bits and one Newton step,
