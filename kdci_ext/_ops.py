@@ -141,32 +141,46 @@ def _fake_grads(
     )
 
 
-def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_compensate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.posterior, ctx.scale = inputs
     ctx.dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_compensate(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _compensate_backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> Grads:
-    grads = torch.ops.kdci_ext.compensate_backward(
+def _compensate_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
+    if grad is None:
+        return (None,) * 8
+    grads = torch.ops.kdci_ext.compensate_backward.default(
         grad, *ctx.saved_tensors, ctx.posterior, ctx.scale, ctx.dictionary_grad
     )
     return (*_without_dictionary(grads, ctx.dictionary_grad), None, None)
 
 
-def _without_dictionary(grads: tuple[Tensor, ...], dictionary_grad: bool) -> Grads:
+def _without_dictionary(grads: Grads, dictionary_grad: bool) -> Grads:
     """Replace the empty gradients of prototypes and proportions by None."""
     return grads if dictionary_grad else (grads[0], None, None, *grads[3:])
 
 
-def _kd_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.need_grad, ctx.dictionary_grad = inputs[-2:]
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _kd_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_kd_loss(ctx, inputs, output)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _kd_loss_backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> Grads:
+def _kd_loss_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
+    if grad is None:
+        return (None,) * 12
     if not ctx.need_grad:
         raise RuntimeError(
             "kdci_ext::compensated_kd_loss was called with need_grad=False and kept no gradients"
@@ -175,8 +189,10 @@ def _kd_loss_backward(ctx: Any, grad: Tensor, *unused: Tensor | None) -> Grads:
     # derivative without a word.
     if torch.is_grad_enabled():
         raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
-    grads = tuple(saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-    student, *rest = _without_dictionary(grads, ctx.dictionary_grad)
+    student, *rest = (
+        None if saved is None else saved * grad.to(saved.dtype)
+        for saved in _without_dictionary(ctx.saved_tensors, ctx.dictionary_grad)
+    )
     return (student, None, *rest, None, None, None, None, None)
 
 
@@ -191,6 +207,64 @@ def _no_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _no_double_backward(ctx: Any, *grads: Tensor | None) -> Grads:
     raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensate"))
+
+
+class _Compensate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.kdci_ext.compensate.default(*inputs)
+        _save_compensate(ctx, inputs, output)
+        return output[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+        return _compensate_backward(ctx, grad)
+
+
+class _CompensatedKDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs)
+        _save_kd_loss(ctx, inputs, output)
+        return output[0]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+        return _kd_loss_backward(ctx, grad)
+
+
+def compensate(*inputs: Any) -> Tensor:
+    """Call the operator for its first output."""
+    if _eager_grad(inputs[:6]):
+        return _Compensate.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
+
+
+def compensated_kd_loss(*inputs: Any) -> Tensor:
+    """Call the operator for its first output, with the gradients that autograd will want."""
+    tensors = inputs[:7]
+    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    dictionary_grad = need_grad and (tensors[2].requires_grad or tensors[3].requires_grad)
+    inputs = (*inputs, need_grad, dictionary_grad)
+    if _eager_grad(tensors):
+        return _CompensatedKDLoss.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.ops.kdci_ext.compensated_kd_loss.default(*inputs)[0]  # type: ignore[no-any-return]
+
+
+def _eager_grad(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether to skip the autograd function that ``register_autograd`` makes.
+
+    It costs four times as much as ours, as long as the kernels at the smallest shapes; but it is
+    the one that torch.compile and torch.func see.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 if _load.native_available():

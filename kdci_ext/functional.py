@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdci_ext import _checks, _load, reference
+from kdci_ext import _checks, _load, _ops, reference
 from kdci_ext.dictionary import ConfounderDictionary
 
 __all__ = ["Backend", "Weighting", "compensate", "compensated_kd_loss", "confounder_dictionary"]
@@ -240,8 +240,7 @@ def compensate(
         *(posterior, _checks.finite_float("scale", scale)),
     )
     if _use_native(backend, logits.device):
-        compensated: Tensor = torch.ops.kdci_ext.compensate.default(*arguments)[0]
-        return compensated
+        return _ops.compensate(*arguments)
     return reference.compensate(*arguments)[0]
 
 
@@ -314,12 +313,7 @@ def compensated_kd_loss(
     options = (temperature, posterior, _checks.finite_float("scale", scale))
     if not _use_native(backend, student.device):
         return reference.compensated_kd_loss(*tensors, *options)
-    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    dictionary_grad = need_grad and (prototypes.requires_grad or proportions.requires_grad)
-    loss: Tensor = torch.ops.kdci_ext.compensated_kd_loss.default(
-        *tensors, *options, need_grad, dictionary_grad
-    )[0]
-    return loss
+    return _ops.compensated_kd_loss(*tensors, *options)
 
 
 def _check_attention(

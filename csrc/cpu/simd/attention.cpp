@@ -138,25 +138,36 @@ inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
   }
 }
 
-template <typename T>
-inline T largest_lane(Vec<T> values) {
-  T largest = values[0];
-  for (int64_t lane = 1; lane < lanes<T>; ++lane) {
-    largest = values[lane] > largest ? values[lane] : largest;
-  }
-  return largest;
+// The largest lane of each half, again and again; NaN lanes may be passed over.
+template <int size, typename T, int... lane>
+inline Vec<T> halves_maximum(
+    Vec<T> values,
+    std::integer_sequence<int, lane...>) {
+  return maximum<T>(
+      values, __builtin_shufflevector(values, values, (lane ^ (size / 2))...));
 }
 
-template <typename T>
-inline Vec<T> reciprocal(Vec<T> x) {
+template <typename T, int size = int(lanes<T>)>
+inline T largest_lane(Vec<T> values) {
+  if constexpr (size == 1) {
+    return values[0];
+  } else {
+    return largest_lane<T, size / 2>(halves_maximum<size, T>(
+        values, std::make_integer_sequence<int, int(lanes<T>)>()));
+  }
+}
+
+// numerator / x; unless `divide` by an estimate of 14 bits and one Newton step,
+// which is as exact.
+template <bool divide, typename T>
+inline Vec<T> quotient(Vec<T> numerator, Vec<T> x) {
 #if defined(__AVX512F__)
-  // One Newton step from 14 bits is as good as the division, and faster.
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (!divide && sizeof(T) == 4) {
     const Vec<T> guess = _mm512_maskz_rcp14_ps(0xffff, x);
-    return guess + guess * (T(1) - x * guess);
+    return numerator * (guess + guess * (T(1) - x * guess));
   }
 #endif
-  return T(1) / x;
+  return numerator / x;
 }
 
 // -- exp and tanh -------------------------------------------------------------
@@ -428,7 +439,7 @@ void activate(
 
 // Adds to `scores` (or sets, if `first` is 0) the terms of units [first, first
 // + width).
-template <bool direct, typename T>
+template <bool direct, bool divide, typename T>
 void add_scores(
     const AttentionKeys<T>& keys,
     int64_t rows,
@@ -468,7 +479,7 @@ void add_scores(
             // w0 / d0 + w1 / d1, and the sum of all w drops in the softmax.
             const Vec<T> d0 = query0 * key0 + one;
             const Vec<T> d1 = query1 * key1 + one;
-            sum[k] += (w0 * d1 + w1 * d0) * reciprocal<T>(d0 * d1);
+            sum[k] += quotient<divide, T>(w0 * d1 + w1 * d0, d0 * d1);
           }
         }
       }
@@ -532,8 +543,10 @@ void attend(
     const int64_t stride = activations != nullptr ? keys.padded : span;
     activate_part(
         keys, rows, first, width, query, query_stride, *direct, part, stride);
-    (*direct ? add_scores<true, T> : add_scores<sizeof(T) == 8, T>)(
-        keys, rows, first, width, part, stride, weights);
+    const auto add = *direct ? add_scores<true, true, T>
+        : divides_fast()     ? add_scores<sizeof(T) == 8, true, T>
+                             : add_scores<sizeof(T) == 8, false, T>;
+    add(keys, rows, first, width, part, stride, weights);
   }
   for (int64_t b = 0; b < rows; ++b) {
     softmax_row(keys.count, log_prior, weights + b * keys.count);
@@ -581,10 +594,81 @@ struct PanelSums {
   Vec<T> score[2];
 };
 
-// Sums over a block of queries and `count` keys, for the units of one panel:
-// of grad_score * (1 - tanh^2) by query and by key, and of grad_score * tanh;
-// the former to be multiplied by 4 unless `direct`.
-template <bool direct, typename T>
+// Sums over `rows` queries and `count` keys, for the units of one panel: of
+// grad_score * (1 - tanh^2) by query and by key, and of grad_score * tanh; the
+// former to be multiplied by 4, the latter by -2, unless `direct`.
+template <int rows, bool direct, bool divide, typename T>
+inline void sweep_rows(
+    int64_t count,
+    const T* activations,
+    int64_t stride,
+    const T* key,
+    const T* grad_score,
+    int64_t grad_stride,
+    Vec<T> (*query_sum)[2],
+    PanelSums<T>& sums) {
+  const Vec<T> one = broadcast(static_cast<T>(denominator_scale));
+  Vec<T> query[rows][2];
+  Vec<T> slope_sum[rows][2] = {};
+  Vec<T> value_sum[2] = {};
+  for (int r = 0; r < rows; ++r) {
+    query[r][0] = load(activations + r * stride);
+    query[r][1] = load(activations + r * stride + lanes<T>);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec<T> key0 = load(key + i * panel_width<T>);
+    const Vec<T> key1 = load(key + i * panel_width<T> + lanes<T>);
+    Vec<T> key_sum0 = sums.key[i][0];
+    Vec<T> key_sum1 = sums.key[i][1];
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> grad = broadcast(grad_score[r * grad_stride + i]);
+      // Products with the gradient first, so that the sums are additions,
+      // which need not wait for the multiplier.
+      Vec<T> value0;
+      Vec<T> value1;
+      Vec<T> slope0;
+      Vec<T> slope1;
+      if constexpr (direct) {
+        const Vec<T> tanh0 = hyperbolic_tangent<T>(query[r][0] + key0);
+        const Vec<T> tanh1 = hyperbolic_tangent<T>(query[r][1] + key1);
+        value0 = grad * tanh0;
+        value1 = grad * tanh1;
+        slope0 = grad - value0 * tanh0;
+        slope1 = grad - value1 * tanh1;
+      } else {
+        // With r = 1 / (1 + e^2a e^2b): tanh = 1 - 2r, 1 - tanh^2 = 4 (r -
+        // r^2).
+        const Vec<T> d0 = query[r][0] * key0 + one;
+        const Vec<T> d1 = query[r][1] * key1 + one;
+        const Vec<T> inverse = quotient<divide, T>(one, d0 * d1);
+        const Vec<T> r0 = inverse * d1;
+        const Vec<T> r1 = inverse * d0;
+        value0 = grad * r0;
+        value1 = grad * r1;
+        slope0 = value0 - value0 * r0;
+        slope1 = value1 - value1 * r1;
+      }
+      slope_sum[r][0] += slope0;
+      slope_sum[r][1] += slope1;
+      key_sum0 += slope0;
+      key_sum1 += slope1;
+      value_sum[0] += value0;
+      value_sum[1] += value1;
+    }
+    sums.key[i][0] = key_sum0;
+    sums.key[i][1] = key_sum1;
+  }
+  for (int r = 0; r < rows; ++r) {
+    query_sum[r][0] += slope_sum[r][0];
+    query_sum[r][1] += slope_sum[r][1];
+  }
+  sums.score[0] += direct ? value_sum[0] : T(-2) * value_sum[0];
+  sums.score[1] += direct ? value_sum[1] : T(-2) * value_sum[1];
+}
+
+// sweep_rows for a block of queries.
+template <bool direct, bool divide, typename T>
 void sweep_block(
     int64_t rows,
     int64_t count,
@@ -594,49 +678,17 @@ void sweep_block(
     const T* grad_score,
     int64_t grad_stride,
     PanelSums<T>& sums) {
-  const Vec<T> one = broadcast(static_cast<T>(denominator_scale));
-  for (int64_t b = 0; b < rows; ++b) {
-    const Vec<T> query0 = load(activations + b * stride);
-    const Vec<T> query1 = load(activations + b * stride + lanes<T>);
-    Vec<T> query_sum0 = {};
-    Vec<T> query_sum1 = {};
-    Vec<T> score_sum0 = {};
-    Vec<T> score_sum1 = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const Vec<T> key0 = load(key + i * panel_width<T>);
-      const Vec<T> key1 = load(key + i * panel_width<T> + lanes<T>);
-      const Vec<T> grad = broadcast(grad_score[b * grad_stride + i]);
-      Vec<T> value0;
-      Vec<T> value1;
-      Vec<T> slope0;
-      Vec<T> slope1;
-      if constexpr (direct) {
-        value0 = hyperbolic_tangent<T>(query0 + key0);
-        value1 = hyperbolic_tangent<T>(query1 + key1);
-        slope0 = T(1) - value0 * value0;
-        slope1 = T(1) - value1 * value1;
-      } else {
-        // With r = 1 / (1 + e^2a e^2b): tanh = 1 - 2r, 1 - tanh^2 = 4 (r -
-        // r^2).
-        const Vec<T> d0 = query0 * key0 + one;
-        const Vec<T> d1 = query1 * key1 + one;
-        const Vec<T> inverse = reciprocal<T>(d0 * d1) * one;
-        value0 = inverse * d1;
-        value1 = inverse * d0;
-        slope0 = value0 - value0 * value0;
-        slope1 = value1 - value1 * value1;
-      }
-      query_sum0 += grad * slope0;
-      query_sum1 += grad * slope1;
-      sums.key[i][0] += grad * slope0;
-      sums.key[i][1] += grad * slope1;
-      score_sum0 += grad * value0;
-      score_sum1 += grad * value1;
-    }
-    sums.query[b][0] += query_sum0;
-    sums.query[b][1] += query_sum1;
-    sums.score[0] += direct ? score_sum0 : T(-2) * score_sum0;
-    sums.score[1] += direct ? score_sum1 : T(-2) * score_sum1;
+  for (int64_t b = 0; b < rows; b += 2) {
+    (b + 1 < rows
+         ? sweep_rows<2, direct, divide, T>
+         : sweep_rows<1, direct, divide, T>)(count,
+                                             activations + b * stride,
+                                             stride,
+                                             key,
+                                             grad_score + b * grad_stride,
+                                             grad_stride,
+                                             sums.query + b,
+                                             sums);
   }
 }
 
@@ -665,6 +717,9 @@ void sweep(
       const int64_t left = batch - b;
       const int64_t rows = left < attention_block ? left : attention_block;
       const bool is_direct = direct[b / attention_block] != 0;
+      const auto block_sums = is_direct ? sweep_block<true, true, T>
+          : divides_fast()              ? sweep_block<sizeof(T) == 8, true, T>
+                                        : sweep_block<sizeof(T) == 8, false, T>;
       const Vec<T> factor = broadcast(keys.score_scale * (is_direct ? 1 : 4));
       const Vec<T> w[2] = {
           factor * load(keys.w_score + unit),
@@ -686,20 +741,16 @@ void sweep(
           sums.key[k][0] = Vec<T>{};
           sums.key[k][1] = Vec<T>{};
         }
-        (is_direct
-             ? sweep_block<true, T>
-             : sweep_block<sizeof(T) == 8, T>)(rows,
-                                               count,
-                                               activations + b * keys.padded +
-                                                   unit,
-                                               keys.padded,
-                                               (is_direct ? keys.values
-                                                          : keys.exponentials) +
-                                                   (panel * keys.count + i) *
-                                                       width,
-                                               grad_score + b * keys.count + i,
-                                               keys.count,
-                                               sums);
+        block_sums(
+            rows,
+            count,
+            activations + b * keys.padded + unit,
+            keys.padded,
+            (is_direct ? keys.values : keys.exponentials) +
+                (panel * keys.count + i) * width,
+            grad_score + b * keys.count + i,
+            keys.count,
+            sums);
         for (int64_t k = 0; k < count; ++k) {
           T* to = grad_key + (i + k) * keys.padded + unit;
           store(to, load(to) + w[0] * sums.key[k][0]);

@@ -227,9 +227,9 @@ void multiply(
       for (int64_t i = 0; i < m; i += tile_rows) {
         const int64_t rows = smaller(tile_rows, m - i);
         const T* from = a + i * a_row + k0 * a_col;
-        // Packing pays where rows of A are used more than once.
+        // Packing pays where columns of A that lie apart are used again.
         const bool in_place = alpha == 1 && rows == tile_rows &&
-            j_count <= tile_vectors * lanes<T>;
+            (a_col == 1 || j_count <= tile_vectors * lanes<T>);
         if (!in_place) {
           pack(tile_rows, rows, k_count, alpha, from, a_row, a_col, packed.a);
         }

@@ -43,6 +43,15 @@ SimdLevel simd_level() {
   return level;
 }
 
+bool divides_fast() {
+#if defined(KDCI_SIMD_X86)
+  static const bool fast = __builtin_cpu_is("amd") != 0;
+  return fast;
+#else
+  return true;
+#endif
+}
+
 const char* simd_level_name(SimdLevel level) {
   switch (level) {
     case SimdLevel::avx512vnni:

@@ -18,6 +18,11 @@ enum class SimdLevel { baseline, avx2, avx512, avx512vnni };
 /// KDCI_SIMD=baseline|avx2|avx512|avx512vnni, read once, lowers it (for tests).
 SimdLevel simd_level();
 
+/// Whether a division takes no longer than the two multiplications that refine
+/// an estimate of the reciprocal: so on AMD's processors with AVX-512, while
+/// Intel's need 16 cycles for a vector.
+bool divides_fast();
+
 /// The level's name, for people.
 const char* simd_level_name(SimdLevel level);
 
