@@ -78,10 +78,10 @@ CompensationGrads::CompensationGrads(
     : logits(torch::stable::empty_like(tensors.logits)),
       prototypes(
           dictionary ? torch::stable::empty_like(tensors.prototypes)
-                     : torch::stable::empty({0}, tensors.dtype)),
+                     : empty_cpu({0}, tensors.dtype)),
       proportions(
           dictionary ? torch::stable::empty_like(tensors.proportions)
-                     : torch::stable::empty({0}, tensors.dtype)),
+                     : empty_cpu({0}, tensors.dtype)),
       w_query(torch::stable::empty_like(tensors.w_query)),
       w_key(torch::stable::empty_like(tensors.w_key)),
       w_score(torch::stable::empty_like(tensors.w_score)),
@@ -430,16 +430,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
   const int64_t count = prototypes.size(0);
   const int64_t hidden = w_score.size(0);
   const Tensor compensated = torch::stable::empty_like(tensors.logits);
-  const Tensor weights = torch::stable::empty({batch, count}, tensors.dtype);
-  const Tensor query = torch::stable::empty({batch, hidden}, tensors.dtype);
-  const Tensor key = torch::stable::empty({count, hidden}, tensors.dtype);
+  const Tensor weights = empty_cpu({batch, count}, tensors.dtype);
+  const Tensor query = empty_cpu({batch, hidden}, tensors.dtype);
+  const Tensor key = empty_cpu({count, hidden}, tensors.dtype);
   dispatch_compute_type(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const CompensationInputs<T> inputs(tensors, posterior, scale);
     Arena needed;
     Compensation<T>(inputs, needed, false);
-    const Tensor memory =
-        torch::stable::empty({needed.bytes()}, ScalarType::Byte);
+    const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
     Compensation<T> steps(inputs, arena, false);
     steps.prepare(nullptr, data<T>(key));
@@ -492,8 +491,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     const CompensationInputs<T> inputs(tensors, posterior, scale);
     Arena needed;
     Compensation<T>(inputs, needed, true);
-    const Tensor memory =
-        torch::stable::empty({needed.bytes()}, ScalarType::Byte);
+    const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
     Compensation<T> steps(inputs, arena, true);
     const T* grad_data = const_data<T>(grad_compensated);

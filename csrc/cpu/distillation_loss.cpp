@@ -37,8 +37,7 @@ void compute_loss(
   Arena needed;
   Compensation<T>(inputs, needed, true);
   LossBuffers<T>(needed, inputs);
-  const Tensor memory =
-      torch::stable::empty({needed.bytes()}, ScalarType::Byte);
+  const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
   Arena arena(memory.mutable_data_ptr());
   Compensation<T> steps(inputs, arena, true);
   LossBuffers<T> buffers(arena, inputs);
@@ -107,7 +106,7 @@ compensated_kd_loss(
       "teacher must be of the shape of student");
   STD_TORCH_CHECK(temperature > 0, "temperature must be > 0");
   const Tensor teacher_logits = as_contiguous(teacher, tensors.dtype);
-  const Tensor loss = torch::stable::empty({}, tensors.dtype);
+  const Tensor loss = empty_cpu({}, tensors.dtype);
 
   if (!need_grad) {
     const Tensor compensated = torch::stable::empty_like(tensors.logits);
