@@ -235,10 +235,15 @@ class _CompensatedKDLoss(torch.autograd.Function):
         return _kd_loss_backward(ctx, grad)
 
 
+# Some versions of PyTorch annotate it, some do not.
+_apply_compensate: Any = _Compensate.apply
+_apply_kd_loss: Any = _CompensatedKDLoss.apply
+
+
 def compensate(*inputs: Any) -> Tensor:
     """Call the operator for its first output."""
     if _eager_grad(inputs[:6]):
-        return _Compensate.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_compensate(*inputs)  # type: ignore[no-any-return]
     return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
 
 
@@ -249,7 +254,7 @@ def compensated_kd_loss(*inputs: Any) -> Tensor:
     dictionary_grad = need_grad and (tensors[2].requires_grad or tensors[3].requires_grad)
     inputs = (*inputs, need_grad, dictionary_grad)
     if _eager_grad(tensors):
-        return _CompensatedKDLoss.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_kd_loss(*inputs)  # type: ignore[no-any-return]
     return torch.ops.kdci_ext.compensated_kd_loss.default(*inputs)[0]  # type: ignore[no-any-return]
 
 
