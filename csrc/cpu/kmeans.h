@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// k-means on points stored in tiles (see simd/kmeans.h): k-means++ and Lloyd's
+// k-means on points stored in tiles (see simd/layout.h): k-means++ and Lloyd's
 // iterations. Results do not depend on the number of threads.
 #pragma once
 

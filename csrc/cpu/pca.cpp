@@ -458,6 +458,9 @@ bool PrincipalSubspace<T>::iterate() {
     // A polynomial that is small on [0, cut] grows like this at the last
     // wanted value.
     const Spectrum start = spectrum<T>(restricted_, width_, q_);
+    if (!(start.first > 0)) {
+      return false; // the sketch's signs cancelled
+    }
     const double cut = std::max(start.last, start.first * 1e-6);
     const double needed = std::acosh(std::sqrt(missing / enough));
     const double degree = std::clamp(
@@ -586,7 +589,8 @@ template <typename T>
 void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
   // What drowns is what falls below the rounding of a column.
   const double depth = pairs_ ? 1.6e3 : 2e3;
-  const int period = std::clamp<int>(std::log(depth) / std::log(spread), 1, 4);
+  const int period = static_cast<int>(
+      std::clamp(std::log(depth) / std::log(std::max(spread, 1.01)), 1.0, 4.0));
   for (int step = 0; step < degree; ++step) {
     if (step > 0) {
       apply();

@@ -74,7 +74,7 @@ class PrincipalSubspace {
   int64_t stride_;     // of the centred rows
 
   // The matrix, and blocks of vectors, are stored in tiles (see
-  // simd/kmeans.h): their columns, or the vectors' entries, are the points.
+  // simd/layout.h): their columns, or the vectors' entries, are the points.
   T* basis_;    // [d, q]
   T* leading_;  // [size, q]: the subspace of the matrix
   T* centered_; // [groups, chunk_rows, stride]
