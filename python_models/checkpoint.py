@@ -12,7 +12,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,6 +99,7 @@ class NetworkInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dataset: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export_network(path: Path, network: nn.Module, info: NetworkInfo) -> None:

@@ -13,13 +13,13 @@ stop after any of them and go on as if it had not.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kdci_ext
 from python_models.checkpoint import (
@@ -97,7 +97,10 @@ class Distillation:
     ) -> None:
         self.config = config
         self.device = device
-        self.info = NetworkInfo(**{**asdict(teacher.info), "network": config.task.student})
+        self.dataset = config.task.dataset or teacher.info.dataset
+        self.info = NetworkInfo(
+            **{**asdict(teacher.info), "network": config.task.student, "arguments": {}}
+        )
         self.randomness = Randomness(config.training.seed, device)
         self.teacher = teacher.classifier.to(device)
         with self.randomness.initialising("student"):
@@ -112,6 +115,10 @@ class Distillation:
                 f"method {config.method} samples from unlabelled images: give a folder, an .npz "
                 "file or a dataset's name as --unlabelled"
             )
+        if method_class.needs_labels and self.dataset is None:
+            raise UserError(
+                f"method {config.method} trains on labelled images: give their --dataset"
+            )
         self.method = method_class(
             config.settings,
             Context(
@@ -120,13 +127,24 @@ class Distillation:
                 num_classes=self.info.num_classes,
                 image_shape=self.info.image_shape,
                 batch_size=config.training.batch_size,
+                epochs=config.training.epochs,
                 device=device,
                 randomness=self.randomness,
                 load_unlabelled=self._load_unlabelled,
+                load_labelled=self._load_labelled,
             ),
         )
+        self.deployed = self.student
+        extra: Sequence[nn.Parameter] = ()
+        deployed = self.method.deployed()
+        if deployed is not None:
+            self.deployed = Classifier(deployed.network, self.info.mean, self.info.std).to(device)
+            self.info = replace(
+                self.info, network=deployed.name, arguments=dict(deployed.arguments)
+            )
+            extra = deployed.parameters
         self.kdci = self._build_kdci(method_class.num_prototypes)
-        self.optimizer = self._build_optimizer()
+        self.optimizer = self._build_optimizer(extra)
         self._teacher_fingerprint = fingerprint(self.teacher)
         self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
         self.log = LossLog(device)
@@ -147,6 +165,10 @@ class Distillation:
         channels, size, _ = self.info.image_shape
         return load_unlabelled(task.unlabelled, task.data_root, size, channels)
 
+    def _load_labelled(self) -> LabelledData:
+        assert self.dataset is not None
+        return load_labelled(self.dataset, "train", self.config.task.data_root)
+
     def _build_kdci(self, default_prototypes: int) -> kdci_ext.KDCI | None:
         c = self.config.compensation
         if not c.kdci:
@@ -163,9 +185,9 @@ class Distillation:
                 proportions=c.kdci_proportions,
             ).to(self.device)
 
-    def _build_optimizer(self) -> torch.optim.Optimizer:
+    def _build_optimizer(self, extra: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         t = self.config.training
-        parameters = list(self.student.parameters())
+        parameters = [*self.student.parameters(), *extra]
         if self.kdci is not None:  # its weights learn as the student's do
             parameters += self.kdci.parameters()
         if t.optimizer == "adam":
@@ -210,6 +232,8 @@ class Distillation:
     def advance(self) -> None:
         """Make one student step, beginning a round where one is due; in warm-up, one round."""
         if not self.is_round_open:
+            if not self.is_warming_up and self.step % self.steps_per_epoch == 0:
+                self.method.begin_epoch(self.step // self.steps_per_epoch)
             self._begin_round()
             if self.is_warming_up:
                 self.round += 1
@@ -238,7 +262,7 @@ class Distillation:
             self.optimizer,
             learning_rate(t.schedule, t.lr, done, lr_min=t.lr_min, milestones=t.milestones),
         )
-        self.student.train()
+        self.deployed.train()
         batch = self.method.next_batch()
         teacher_logits = self._teacher_logits(batch)
         losses = self.method.student_losses(batch, self._divergence)
@@ -266,7 +290,7 @@ class Distillation:
             "round": self.round,
             "step": self.step,
             "is_round_open": self.is_round_open,
-            "student": self.student.network.state_dict(),
+            "student": self.deployed.network.state_dict(),
             "kdci": None if self.kdci is None else self.kdci.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
@@ -288,7 +312,7 @@ class Distillation:
             )
         self.round, self.step = state["round"], state["step"]
         self.is_round_open = state["is_round_open"]
-        self.student.network.load_state_dict(state["student"])
+        self.deployed.network.load_state_dict(state["student"])
         if self.kdci is not None:
             self.kdci.load_state_dict(state["kdci"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -323,14 +347,13 @@ def distill(config: DistillConfig[Any]) -> RunResult:
     teacher = load_network(
         task.teacher, task.teacher_weights, task.dataset, data_root=task.data_root
     )
-    dataset = task.dataset or teacher.info.dataset
+    run = Distillation(config, teacher, device)
     test: LabelledData | None = None
     if task.evaluate:
-        if dataset is None:
+        if run.dataset is None:
             raise UserError("dataset is required to measure accuracy: give it or --no-evaluate")
-        test = load_labelled(dataset, "test", task.data_root)
-        teacher.require_fit(test, dataset)
-    run = Distillation(config, teacher, device)
+        test = load_labelled(run.dataset, "test", task.data_root)
+        teacher.require_fit(test, run.dataset)
     path = output.out_dir or Path("runs") / "-".join(
         (
             config.method,
@@ -420,7 +443,7 @@ class _Session:
             heads = {} if run.kdci is None else {"compensated": run.kdci}
             # Looking must not change the run: the ablation with random attention draws.
             with run.randomness.untouched():
-                found = accuracies(run.student, self.test, run.device, heads=heads)
+                found = accuracies(run.deployed, self.test, run.device, heads=heads)
             row["accuracy"] = found["plain"]
             if "compensated" in found:
                 row["accuracy_compensated"] = found["compensated"]
@@ -447,7 +470,7 @@ class _Session:
 
     def _write_results(self) -> RunResult:
         run, folder = self.run, self.folder
-        export_network(folder.weights("student"), run.student.network, run.info)
+        export_network(folder.weights("student"), run.deployed.network, run.info)
         picture_of_images(folder.images, run.method.preview(PREVIEW_IMAGES))
         names = None if self.test is None else self.test.class_names
         picture_of_proportions(folder.class_proportions, run.class_counts, names)

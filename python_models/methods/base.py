@@ -4,12 +4,15 @@
 The loop (engine.py) runs every method alike:
 
     prepare                                    sampling methods: select the images, once
+    at the start of each epoch: begin_epoch    methods that select or average once an epoch
     for each round:
         begin_round                            generation methods: train the generator
         with KDCI: rebuild the dictionary      from the round's synthetic images (Algorithm 1) or,
                                                once, from all selected ones (Algorithm 2)
         kd_steps times:
             next_batch -> teacher's logits -> student_losses -> step of the student's optimiser
+
+What is evaluated and exported is `deployed`: the student, or the student inside a larger network.
 
 A method is one file of this folder: a `Settings` dataclass, whose fields become command line flags
 and YAML keys, and a registered subclass of `Method`. It never sees whether KDCI is on: it calls the
@@ -19,13 +22,14 @@ and YAML keys, and a registered subclass of `Method`. It never sees whether KDCI
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from python_models.data import LabelledData
 from python_models.networks import Classifier
 from python_models.randomness import Randomness
 from python_models.registry import Registry
@@ -57,9 +61,11 @@ class Context:
         num_classes: Number of logits.
         image_shape: ``(channels, height, width)``.
         batch_size: Images in a student step.
+        epochs: Epochs of the run.
         device: Where all tensors live.
         randomness: Source of random streams.
         load_unlabelled: Reads the images of a sampling method, uint8 ``[n, c, h, w]`` on the CPU.
+        load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
     """
 
     teacher: Classifier
@@ -67,9 +73,11 @@ class Context:
     num_classes: int
     image_shape: tuple[int, int, int]
     batch_size: int
+    epochs: int
     device: torch.device
     randomness: Randomness
     load_unlabelled: Callable[[], Tensor]
+    load_labelled: Callable[[], LabelledData]
 
 
 @dataclass
@@ -79,10 +87,29 @@ class Batch:
     Attributes:
         images: Float ``[b, c, h, w]`` in [0, 1].
         teacher_logits: ``[b, num_classes]``; the loop computes them where a method has not.
+        labels: True classes, int64 ``[b]``; for methods with `needs_labels`.
     """
 
     images: Tensor
     teacher_logits: Tensor | None = None
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A network that a method trains around the student.
+
+    Attributes:
+        network: From normalised images to logits; it holds the student's network.
+        name: What `build_network` makes it from: ``package.module:callable``.
+        arguments: Keyword arguments of that callable, beside the classes and channels.
+        parameters: Those that the student's optimiser trains beside the student's own.
+    """
+
+    network: nn.Module
+    name: str
+    arguments: Mapping[str, Any]
+    parameters: Sequence[nn.Parameter]
 
 
 @dataclass
@@ -107,6 +134,7 @@ class Method(ABC, Generic[SettingsT]):
         defaults: Shared settings (config.py) that differ for this method.
         num_prototypes: Default size of KDCI's dictionary.
         needs_unlabelled: Whether the method samples from unlabelled images.
+        needs_labels: Whether the method is not data-free: it trains on labelled images.
 
     Attributes:
         parts: What a checkpoint must hold, by name; filled by subclasses.
@@ -117,6 +145,7 @@ class Method(ABC, Generic[SettingsT]):
     defaults: ClassVar[Mapping[str, Any]] = {}
     num_prototypes: ClassVar[int]
     needs_unlabelled: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     def __init__(self, settings: SettingsT, context: Context) -> None:
         self.settings = settings
@@ -136,6 +165,14 @@ class Method(ABC, Generic[SettingsT]):
         Returns:
             The features of a dictionary that stays for the whole run, ``[n, num_classes]``
             (Algorithm 2), or None.
+        """
+        return None
+
+    def begin_epoch(self, index: int) -> None:
+        """Do what comes once an epoch, before its first round; not called for warm-up rounds.
+
+        Args:
+            index: Number of the epoch, from 0.
         """
         return None
 
@@ -167,6 +204,13 @@ class Method(ABC, Generic[SettingsT]):
     def optimizers(self) -> Iterable[torch.optim.Optimizer]:
         """Return optimisers that step together with the student's."""
         return ()
+
+    def deployed(self) -> Deployed | None:
+        """Return the network to evaluate and export, or None where it is the student itself.
+
+        Called once, before training; the network is trained in place.
+        """
+        return None
 
     def steps_per_pass(self) -> int:
         """Return the student steps in one pass over a sampling method's images."""
