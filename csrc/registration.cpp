@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "Tensor features, "            // [n, d]
       "Tensor uniforms, "            // [K, candidates] float64 in [0, 1)
       "Tensor? initial_prototypes, " // [K, d]
-      "int num_components, int max_iter, float tol) -> ("
+      "int num_components, int max_iter, float tol, float momentum) -> ("
       "Tensor prototypes, "  // [K, d]
       "Tensor proportions, " // [K]
       "Tensor labels, "      // [n] int64

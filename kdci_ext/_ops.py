@@ -32,6 +32,7 @@ def _fake_confounder_dictionary(
     num_components: int,
     max_iter: int,
     tol: float,
+    momentum: float,
 ) -> tuple[Tensor, ...]:
     num_prototypes = uniforms.shape[0]
     dtype = accumulate_dtype(features)

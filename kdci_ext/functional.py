@@ -66,7 +66,8 @@ def confounder_dictionary(
     init: Seeding = "greedy",
     initial_prototypes: Tensor | None = None,
     max_iter: int = 50,
-    tol: float = 1e-4,
+    tol: float = 2e-4,
+    momentum: float = 0.9,
     check_finite: bool | None = None,
     backend: Backend = "auto",
 ) -> ConfounderDictionary:
@@ -80,7 +81,8 @@ def confounder_dictionary(
     Up to 256 dimensions (the smaller of n and d) the subspace is exact but for rounding; beyond, it
     misses some thousandths of the variance that the best one captures, in pure noise hundredths.
     With n >= 2 m rows, m = max(8192, 64 K), k-means++ looks at m of them, one of each equal
-    stretch; Lloyd's iterations always use all.
+    stretch; Lloyd's iterations always use all. Their momentum reaches in a third of the iterations
+    the inertia that they reach without, and ends below it.
 
     Args:
         features: Predictions (teacher logits) M, [n, d], float32, float64, bfloat16 or float16.
@@ -93,8 +95,12 @@ def confounder_dictionary(
             scikit-learn does; ``"plain"`` draws one.
         initial_prototypes: Start from these [K, d] instead of k-means++.
         max_iter: Lloyd iterations at most.
-        tol: Stop once the squared shift of all centres is at most ``tol`` times the mean variance
-            of the clustered columns; 0 iterates until no label changes.
+        tol: Stop once an iteration lowers the inertia by at most ``tol`` times the inertia; 0
+            iterates until no label changes.
+        momentum: Where iteration t found the means m_t, the next one starts from m_t +
+            ``momentum`` (m_t - m_(t-1)); 0 <= ``momentum`` < 1, and 0 is Lloyd's method as it is.
+            Where that raised the inertia, the next one starts from the last means: the result is
+            never worse for it.
         check_finite: Raise on NaN or Inf in ``features``. By default on for CPU tensors, where it
             costs nothing, and off elsewhere, where it would stall the stream.
         backend: See the module.
@@ -123,10 +129,7 @@ def confounder_dictionary(
         )
     num_components = _num_components(pca_components, num_prototypes, d)
     _checks.choice("init", init, ("greedy", "plain"))
-    _checks.positive_int("max_iter", max_iter)
-    _checks.finite_float("tol", tol)
-    if tol < 0:
-        raise ValueError(f"tol={tol} must be >= 0")
+    _check_stopping(max_iter, tol, momentum)
     if features.requires_grad:
         features = features.detach()
     if initial_prototypes is not None:
@@ -152,7 +155,10 @@ def confounder_dictionary(
         else reference.confounder_dictionary
     )
     dictionary = ConfounderDictionary(
-        *operator(features, uniforms, initial_prototypes, num_components, max_iter, float(tol))
+        *operator(
+            *(features, uniforms, initial_prototypes, num_components),
+            *(max_iter, float(tol), float(momentum)),
+        )
     )
     # The operators return NaN for inputs that are not finite, so that looking is free.
     if check_finite and math.isnan(dictionary.inertia.item()):
@@ -160,6 +166,14 @@ def confounder_dictionary(
             raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
         _raise_not_finite(features)
     return dictionary
+
+
+def _check_stopping(max_iter: int, tol: float, momentum: float) -> None:
+    _checks.positive_int("max_iter", max_iter)
+    if _checks.finite_float("tol", tol) < 0:
+        raise ValueError(f"tol={tol} must be >= 0")
+    if not 0 <= _checks.finite_float("momentum", momentum) < 1:
+        raise ValueError(f"momentum={momentum} must be >= 0 and < 1")
 
 
 def _num_components(pca_components: int | Literal["auto"], num_prototypes: int, d: int) -> int:

@@ -196,7 +196,7 @@ class KDCI(nn.Module):
         proportions: Literal["frequency", "none"] = "frequency",
         pca_components: int | Literal["auto"] = "auto",
         max_iter: int = 50,
-        tol: float = 1e-4,
+        tol: float = 2e-4,
         warm_start: bool = False,
         backend: Backend = "auto",
     ) -> None:

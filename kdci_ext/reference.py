@@ -8,11 +8,16 @@ Gradients come from autograd. Arguments are not validated: :mod:`kdci_ext.functi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["assign_rows", "compensate", "compensated_kd_loss", "confounder_dictionary"]
+
+INERTIA_ROUNDING = 1e-9
+"""Part of the points' sum of squares that a difference of inertias may owe to rounding."""
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -27,6 +32,7 @@ def confounder_dictionary(
     num_components: int,
     max_iter: int,
     tol: float,
+    momentum: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cluster ``features`` [n, d] into K prototypes; see ``functional.confounder_dictionary``.
 
@@ -36,8 +42,8 @@ def confounder_dictionary(
         initial_prototypes: Starting prototypes [K, d] instead of k-means++, or None.
         num_components: PCA components q to cluster in, 1 <= q <= d; d means no PCA.
         max_iter: Lloyd iterations at most.
-        tol: Stop when the squared shift of all centres is at most ``tol`` times the mean variance
-            of the clustered columns.
+        tol: Stop when an iteration lowers the inertia by at most ``tol`` times the inertia.
+        momentum: How far the centres go beyond the means, in steps of the last one.
 
     Returns:
         prototypes [K, d], proportions [K], labels [n] int64, inertia [] float64 and the
@@ -74,7 +80,7 @@ def confounder_dictionary(
     else:
         shifted = torch.ldexp(initial_prototypes.double() - scaled_mean, -exponent).to(dtype)
         centers = shifted if basis is None else shifted @ basis
-    labels, centers, num_iter = _lloyd(points, centers, max_iter, tol)
+    labels, centers, num_iter = _lloyd(points, centers, max_iter, tol, momentum)
 
     offsets = points.double() - centers[labels].double()
     inertia = torch.ldexp(offsets.square().sum(), 2 * exponent)
@@ -144,31 +150,92 @@ def _first_least(potentials: list[float]) -> int:
     return best
 
 
+class LloydSteps:
+    """Where Lloyd's iterations with momentum go, and when they stop.
+
+    With m_t the means after iteration t the next centres are m_t + momentum (m_t - m_(t-1)). Where
+    that made the inertia rise, iterating goes on from the last means.
+
+    Args:
+        centers: The start, [K, q].
+        total: Sum of squares of all points about the origin.
+        max_iter: Iterations at most.
+        tol: Stop when an iteration lowers the inertia by at most this part of it.
+        momentum: See above.
+
+    Attributes:
+        centers: What to assign the points to next.
+        means: Means of the clusters after the last iteration that counts; the result.
+        is_ahead: Whether ``centers`` are other than ``means``.
+        iteration: Iterations made.
+    """
+
+    def __init__(
+        self, centers: Tensor, total: float, max_iter: int, tol: float, momentum: float
+    ) -> None:
+        self.centers = self.means = centers
+        self.is_ahead = False
+        self.iteration = 0
+        self._inertia = math.inf
+        self._rounding = INERTIA_ROUNDING * total
+        self._max_iter, self._tol, self._momentum = max_iter, tol, momentum
+
+    def advance(self, has_moved: bool, means: Tensor, is_relocated: bool, inertia: float) -> bool:
+        """Move the centres.
+
+        Args:
+            has_moved: Whether any label changed when the points were assigned to ``centers``.
+            means: Those of the new clusters, [K, q].
+            is_relocated: Whether an empty cluster was given a point.
+            inertia: That of the new clusters about their means.
+
+        Returns:
+            Whether to go on; else ``self.means`` are final.
+        """
+        self.iteration += 1
+        if self.is_ahead and inertia > self._inertia + self._rounding:
+            self.centers, self.is_ahead = self.means, False
+            return self.iteration < self._max_iter
+        lowered, last = self._inertia - inertia, self.means
+        self._inertia, self.means = inertia, means
+        if self._tol > 0 and not is_relocated and lowered <= self._tol * inertia + self._rounding:
+            return False
+        self.centers = means
+        self.is_ahead = self._momentum > 0 and has_moved and self.iteration > 1 and not is_relocated
+        if self.is_ahead:
+            step = means.double() - last.double()
+            self.centers = (means.double() + self._momentum * step).to(means.dtype)
+        return self.iteration < self._max_iter
+
+
 def _lloyd(
-    points: Tensor, centers: Tensor, max_iter: int, tol: float
+    points: Tensor, centers: Tensor, max_iter: int, tol: float, momentum: float
 ) -> tuple[Tensor, Tensor, int]:
     """Alternate assignment and means; returns labels [n], their centres [K, q], iterations."""
     num_prototypes = centers.shape[0]
-    threshold = tol * points.double().var(0, correction=0).mean()
-    previous = None
-    for iteration in range(1, max_iter + 1):
-        distances = _squared_distances(points, centers)
-        labels = distances.argmin(1)
-        if previous is not None and bool((labels == previous).all()):
-            return labels, centers, iteration
-        previous = labels
+    rows = points.double()
+    total = float(rows.square().sum())
+    steps = LloydSteps(centers, total, max_iter, tol, momentum)
+    labels = points.new_full(points.shape[:1], -1, dtype=torch.int64)
+    is_going_on = True
+    while is_going_on:
+        distances = _squared_distances(points, steps.centers)
+        previous, labels = labels, distances.argmin(1)
+        has_moved = not torch.equal(labels, previous)
+        if not (has_moved or steps.is_ahead):
+            return labels, steps.centers, steps.iteration + 1
         own = distances.gather(1, labels[:, None])[:, 0]
         members = _relocate_empty(labels, own, num_prototypes)
-        counts = torch.bincount(members, minlength=num_prototypes)
-        sums = points.new_zeros(centers.shape, dtype=torch.float64)
-        sums.index_add_(0, members, points.double())
-        means = (sums / counts[:, None].clamp(min=1)).to(points.dtype)
-        updated = torch.where(counts[:, None] > 0, means, centers)
-        shift = (updated.double() - centers.double()).square().sum()
-        centers = updated
-        if bool(shift <= threshold):
-            break
-    return _squared_distances(points, centers).argmin(1), centers, iteration
+        counts = torch.bincount(members, minlength=num_prototypes)[:, None]
+        sums = rows.new_zeros(centers.shape).index_add_(0, members, rows)
+        means = (sums / counts.clamp(min=1)).to(points.dtype)
+        is_going_on = steps.advance(
+            has_moved,
+            torch.where(counts > 0, means, steps.means),
+            members is not labels,
+            total - float((sums.square() / counts.clamp(min=1)).sum()),
+        )
+    return _squared_distances(points, steps.means).argmin(1), steps.means, steps.iteration
 
 
 def _relocate_empty(labels: Tensor, own: Tensor, num_prototypes: int) -> Tensor:
@@ -178,6 +245,8 @@ def _relocate_empty(labels: Tensor, own: Tensor, num_prototypes: int) -> Tensor:
         return labels
     farthest = own.sort(descending=True, stable=True).indices[: len(empty)]
     farthest = farthest[own[farthest] > 0]
+    if len(farthest) == 0:
+        return labels
     members = labels.clone()
     members[farthest] = empty[: len(farthest)]
     return members

@@ -27,7 +27,7 @@ hardly ever shows in a result.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from kdci_ext import _checks, functional, reference
 from kdci_ext.dictionary import ConfounderDictionary
 from kdci_ext.functional import Backend, Seeding
-from kdci_ext.reference import accumulate_dtype
+from kdci_ext.reference import LloydSteps, accumulate_dtype
 
 __all__ = [
     "ColumnMoments",
@@ -203,17 +203,29 @@ class PartialSums:
         Returns:
             [K, d] float64.
         """
-        sums, counts = self.sums.clone(), self.counts.clone()
-        empty = (counts == 0).nonzero()[:, 0]
+        filled = self.filled()
+        counts = filled.counts[:, None]
+        return torch.where(counts > 0, filled.sums / counts.clamp(min=1), prototypes.double())
+
+    def filled(self) -> PartialSums:
+        """Return the sums with rows moved to empty clusters, as `means` does; else ``self``."""
+        empty = (self.counts == 0).nonzero()[:, 0]
         empty = empty[self.far_distances[: len(empty)] > 0]
+        if len(empty) == 0:
+            return self
+        sums, counts = self.sums.clone(), self.counts.clone()
         rows, donors = self.far_rows[: len(empty)], self.far_labels[: len(empty)]
         sums.index_add_(0, donors, rows, alpha=-1)
         counts -= torch.bincount(donors, minlength=len(counts))
         sums[empty] = rows
         counts[empty] = 1
-        return torch.where(
-            counts[:, None] > 0, sums / counts[:, None].clamp(min=1), prototypes.double()
-        )
+        return replace(self, sums=sums, counts=counts)
+
+    def between_clusters(self, subspace: PrincipalSubspace) -> Tensor:
+        """Return the rows' sum of squares about their mean, less that about the clusters', []."""
+        counts = self.counts[:, None]
+        means = subspace.project(self.sums / counts.clamp(min=1))
+        return (counts * means.square()).sum()
 
 
 def _gathered(value: Tensor, group: distributed.ProcessGroup | None) -> list[Tensor]:
@@ -490,7 +502,8 @@ def stream_confounder_dictionary(
     init: Seeding = "greedy",
     initial_prototypes: Tensor | None = None,
     max_iter: int = 50,
-    tol: float = 1e-4,
+    tol: float = 2e-4,
+    momentum: float = 0.9,
     chunk_rows: int = 8192,
     sample_rows: int = 16384,
     device: torch.device | str | None = None,
@@ -517,6 +530,7 @@ def stream_confounder_dictionary(
         initial_prototypes: Start from these [K, d] instead; no sample is then drawn.
         max_iter: As for :func:`build_confounder_dictionary`.
         tol: As for :func:`build_confounder_dictionary`.
+        momentum: As for :func:`build_confounder_dictionary`.
         chunk_rows: Rows worked on at a time.
         sample_rows: Rows in the sample, at least K.
         device: Where to compute, and where the result lies; by default where the chunks are.
@@ -541,10 +555,7 @@ def stream_confounder_dictionary(
     """
     _checks.positive_int("num_prototypes", num_prototypes)
     _checks.choice("init", init, ("greedy", "plain"))
-    _checks.positive_int("max_iter", max_iter)
-    _checks.finite_float("tol", tol)
-    if tol < 0:
-        raise ValueError(f"tol={tol} must be >= 0")
+    functional._check_stopping(max_iter, tol, momentum)
     _checks.positive_int("chunk_rows", chunk_rows)
     if _checks.positive_int("sample_rows", sample_rows) < num_prototypes:
         raise ValueError(
@@ -573,6 +584,7 @@ def stream_confounder_dictionary(
             init=init,
             max_iter=max_iter,
             tol=tol,
+            momentum=momentum,
             backend=backend,
         ).prototypes
     _checks.size("initial_prototypes", initial_prototypes, 1, d, "number of feature columns")
@@ -581,15 +593,23 @@ def stream_confounder_dictionary(
     del sample
 
     labels = torch.full((n,), -1, dtype=torch.int64, device=prototypes.device)
-    for iteration in range(1, max_iter + 1):
-        total, moved = _assign_all(blocks, prototypes, subspace, labels, backend)
-        if not moved:
+    spread = subspace.variance * num_components * n
+    steps = LloydSteps(prototypes, float(spread), max_iter, float(tol), float(momentum))
+    is_going_on = True
+    while is_going_on:
+        total, has_moved = _assign_all(blocks, steps.centers, subspace, labels, backend)
+        if not (has_moved or steps.is_ahead):
+            steps.iteration += 1
             break
-        previous, prototypes = prototypes, total.means(prototypes)
-        shift = (subspace.project(prototypes) - subspace.project(previous)).square().sum()
-        if bool(shift <= tol * subspace.variance) or iteration == max_iter:
-            total, _ = _assign_all(blocks, prototypes, subspace, labels, backend)
-            break
+        filled = total.filled()
+        is_going_on = steps.advance(
+            has_moved,
+            filled.means(steps.means),
+            filled is not total,
+            float(spread - filled.between_clusters(subspace)),
+        )
+    else:
+        total, _ = _assign_all(blocks, steps.means, subspace, labels, backend)
 
     counts = total.counts[:, None]
     return ConfounderDictionary(
@@ -597,7 +617,7 @@ def stream_confounder_dictionary(
         (total.counts.double() / n).to(dtype),
         labels,
         total.inertia,
-        torch.tensor(iteration, device=labels.device),
+        torch.tensor(steps.iteration, device=labels.device),
     )
 
 

@@ -68,7 +68,7 @@ def dictionary(
     if uniforms is None:
         uniforms = draws(num_prototypes)
     result: tuple[Tensor, ...] = torch.ops.kdci_ext.confounder_dictionary(
-        features, uniforms, None, components, 50, 1e-4
+        features, uniforms, None, components, 50, 1e-4, 0.9
     )
     return result
 
@@ -121,7 +121,7 @@ def test_dictionary_matches_reference_and_cpu(n, d, num_prototypes, dtype):
     features = features_of(n, d, dtype)
     components = min(d, max(1, num_prototypes - 1))
     got = dictionary(features, num_prototypes)
-    arguments = (draws(num_prototypes).cpu(), None, components, 50, 1e-4)
+    arguments = (draws(num_prototypes).cpu(), None, components, 50, 1e-4, 0.9)
     plain = reference.confounder_dictionary(features.cpu(), *arguments)
     on_cpu = torch.ops.kdci_ext.confounder_dictionary(features.cpu(), *arguments)
     for other in (plain, on_cpu):
@@ -148,7 +148,7 @@ def test_subspace_holds_the_leading_variance(components):
     centered = features.double() - features.double().mean(0)
     exact = torch.linalg.svdvals(centered).square()[:components].sum()
     inertia = torch.ops.kdci_ext.confounder_dictionary(
-        features, draws(1), None, components, 5, 0.0
+        features, draws(1), None, components, 5, 0.0, 0.9
     )[3]
     assert float(inertia) == pytest.approx(float(exact), rel=1e-4)
 
@@ -169,13 +169,13 @@ def test_features_that_are_not_finite_end_in_nan(bad):
 def test_starting_prototypes():
     features = features_of(3000, 40)
     start = features[:6] + 0.1
-    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(6), start, 5, 50, 1e-4)
+    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(6), start, 5, 50, 1e-4, 0.9)
     plain = reference.confounder_dictionary(
-        features.cpu(), draws(6).cpu(), start.cpu(), 5, 50, 1e-4
+        features.cpu(), draws(6).cpu(), start.cpu(), 5, 50, 1e-4, 0.9
     )
     assert float((got[2].cpu() == plain[2]).double().mean()) >= 0.98
     start[2, 3] = math.nan
-    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(6), start, 5, 50, 1e-4)
+    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(6), start, 5, 50, 1e-4, 0.9)
     assert bool(got[0].isnan().all())
 
 
@@ -186,9 +186,9 @@ def test_empty_clusters_take_the_farthest_rows(n):
     features[:: n // 9] *= torch.arange(3.0, 13.0).cuda()[: len(features[:: n // 9]), None]
     start = features_of(12, 12)
     start[2:11] = 1000 + 100 * features_of(9, 12)
-    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(12), start, 12, 6, 0.0)
+    got = torch.ops.kdci_ext.confounder_dictionary(features, draws(12), start, 12, 6, 0.0, 0.9)
     plain = reference.confounder_dictionary(
-        features.cpu(), draws(12).cpu(), start.cpu(), 12, 6, 0.0
+        features.cpu(), draws(12).cpu(), start.cpu(), 12, 6, 0.0, 0.9
     )
     assert torch.equal(got[2].cpu(), plain[2])
     torch.testing.assert_close(got[0].cpu(), plain[0], rtol=1e-5, atol=1e-5)
@@ -205,7 +205,7 @@ def test_seeding_of_many_rows_uses_a_sample(dtype):
     centered = features.double() - features.double().mean(0)
     uniforms = draws(num_prototypes).cpu()
     seeds = features[chosen[reference._plus_plus(centered[chosen], uniforms)]]
-    arguments = (5, 50, 1e-4)
+    arguments = (5, 50, 1e-4, 0.9)
     got = torch.ops.kdci_ext.confounder_dictionary(
         features.cuda(), uniforms.cuda(), None, *arguments
     )
@@ -221,7 +221,7 @@ def test_rows_between_two_centres_are_decided_exactly(n, dtype):
     features = features_of(n, 12, dtype) * 3
     start = features[:8].repeat(3, 1)
     start[8:16] += 1e-6 * features_of(8, 12, dtype)  # the rest are equal
-    arguments = (12, 1, 0.0)
+    arguments = (12, 1, 0.0, 0.9)
     got = torch.ops.kdci_ext.confounder_dictionary(features, draws(24), start, *arguments)
     plain = reference.confounder_dictionary(
         features.cpu(), draws(24).cpu(), start.cpu(), *arguments

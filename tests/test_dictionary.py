@@ -272,12 +272,13 @@ def test_empty_cluster_is_reseeded_at_the_farthest_row(backend):
 
 @backends
 def test_same_start_gives_scikit_learns_result(backend):
-    """From equal starting centres Lloyd's iterations are scikit-learn's."""
+    """From equal starting centres Lloyd's iterations without momentum are scikit-learn's."""
     generator = torch.Generator().manual_seed(5)
     features = torch.randn(200, 5, generator=generator)
     start = features[:7].clone()
-    theirs = KMeans(7, init=start.numpy(), n_init=1, tol=1e-4, max_iter=50).fit(features.numpy())
-    d = build(features, 7, initial_prototypes=start, pca_components=5, backend=backend)
+    theirs = KMeans(7, init=start.numpy(), n_init=1, tol=0, max_iter=50).fit(features.numpy())
+    options = {"pca_components": 5, "tol": 0.0, "momentum": 0.0}
+    d = build(features, 7, initial_prototypes=start, backend=backend, **options)
     assert d.labels.tolist() == theirs.labels_.tolist()
     assert int(d.num_iter) == theirs.n_iter_
     assert float(d.inertia) == pytest.approx(theirs.inertia_, rel=1e-5)
@@ -329,13 +330,74 @@ def test_zero_tolerance_stops_when_labels_repeat(backend):
 
 
 @backends
-def test_more_iterations_never_raise_the_inertia(backend):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_more_iterations_never_raise_the_inertia(backend, momentum):
+    """Plain iterations lower it one by one; with momentum one may go too far, but never ends above
+    the first.
+    """
     generator = torch.Generator().manual_seed(7)
     features = torch.randn(150, 4, generator=generator)
-    inertias = [
-        float(build(features, 6, max_iter=m, tol=0.0, backend=backend).inertia) for m in range(1, 9)
-    ]
-    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(inertias))
+    options = {"tol": 0.0, "momentum": momentum, "backend": backend}
+    inertias = [float(build(features, 6, max_iter=m, **options).inertia) for m in range(1, 9)]
+    pairs = (
+        itertools.pairwise(inertias)
+        if momentum == 0
+        else zip(inertias[:1] * 7, inertias[1:], strict=True)
+    )
+    assert all(b <= a * (1 + 1e-6) for a, b in pairs)
+
+
+@backends
+def test_two_steps_of_momentum_by_hand(backend):
+    """After two means m1 and m2 the third assignment is to m2 + momentum (m2 - m1)."""
+    generator = torch.Generator().manual_seed(6)
+    features = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+
+    def step(centers: Tensor) -> tuple[Tensor, Tensor]:
+        labels = torch.cdist(features, centers).argmin(1)
+        return labels, torch.stack([features[labels == i].mean(0) for i in range(4)])
+
+    _, first = step(features[:4])
+    _, second = step(first)
+    labels, third = step(second + 0.5 * (second - first))
+    assert not torch.equal(labels, step(second)[0])  # else this would show nothing
+    d = build(
+        *(features, 4),
+        initial_prototypes=features[:4],
+        max_iter=3,
+        tol=0.0,
+        momentum=0.5,
+        backend=backend,
+    )
+    assert torch.equal(d.labels, step(third)[0])
+
+
+@backends
+def test_momentum_ends_lower_in_fewer_iterations(backend):
+    """What it is for: over seeds, a lower inertia after fewer iterations."""
+    generator = torch.Generator().manual_seed(8)
+    features = torch.randn(1500, 8, generator=generator)
+    plain, ahead = (
+        [build(features, 12, seed, momentum=m, backend=backend) for seed in range(4)]
+        for m in (0.0, 0.9)
+    )
+    for name in ("inertia", "num_iter"):
+        mean = [sum(float(getattr(d, name)) for d in found) for found in (ahead, plain)]
+        assert mean[0] < mean[1], name
+
+
+@backends
+def test_a_step_too_far_is_taken_back(backend):
+    """With a momentum that overshoots, the result is as good as any iteration has been: a fixed
+    point, or at least not above what plain iterations from the same start reach in two.
+    """
+    generator = torch.Generator().manual_seed(9)
+    features = torch.randn(80, 2, generator=generator)
+    options = {"initial_prototypes": features[:5], "backend": backend}
+    plain = build(features, 5, momentum=0.0, max_iter=2, **options)
+    far = build(features, 5, momentum=0.999, tol=0.0, max_iter=500, **options)
+    assert int(far.num_iter) < 500
+    assert float(far.inertia) <= float(plain.inertia) * (1 + 1e-6)
 
 
 @given(feature_rows(), st.data())
@@ -508,6 +570,7 @@ def test_bad_arguments_are_named(arguments, error, message):
         ({"max_iter": 0}, ValueError, "max_iter=0 must be at least 1"),
         ({"tol": -1.0}, ValueError, "tol=-1.0 must be >= 0"),
         ({"tol": float("nan")}, ValueError, "tol=nan must be finite"),
+        ({"momentum": 1.0}, ValueError, "momentum=1.0 must be >= 0 and < 1"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of"),
         ({"initial_prototypes": ROWS[:3]}, ValueError, "dimension 0 must be 2"),
         ({"initial_prototypes": ROWS[:2].to("meta")}, ValueError, "is on meta, but features is on"),
@@ -545,14 +608,14 @@ def test_opcheck(dtype):
     features = torch.randn(20, 6).to(dtype)
     uniforms = torch.rand(4, 3, dtype=torch.float64)
     operator = torch.ops.kdci_ext.confounder_dictionary.default
-    torch.library.opcheck(operator, (features, uniforms, None, 3, 10, 1e-4))
-    torch.library.opcheck(operator, (features, uniforms, features[:4], 6, 10, 1e-4))
+    torch.library.opcheck(operator, (features, uniforms, None, 3, 10, 1e-4, 0.9))
+    torch.library.opcheck(operator, (features, uniforms, features[:4], 6, 10, 1e-4, 0.9))
 
 
 def test_compiles_without_graph_breaks():
     @torch.compile(fullgraph=True, dynamic=True)
     def prior(features, uniforms):
-        found = torch.ops.kdci_ext.confounder_dictionary(features, uniforms, None, 3, 20, 1e-4)
+        found = torch.ops.kdci_ext.confounder_dictionary(features, uniforms, None, 3, 20, 1e-4, 0.9)
         return found[1] @ found[0]
 
     for n in (20, 31):

@@ -264,6 +264,7 @@ struct Problem {
   int64_t num_components;
   int64_t max_iter;
   double tol;
+  double momentum;
   T* prototypes;   // [K, d]
   T* proportions;  // [K]
   int64_t* labels; // [n]
@@ -365,7 +366,7 @@ void build_dictionary(const Problem<T>& problem) {
     return;
   }
   *problem.num_iter = kmeans.iterate(
-      problem.max_iter, problem.tol, problem.num_components, problem.labels);
+      problem.max_iter, problem.tol, problem.momentum, problem.labels);
   *problem.inertia =
       std::ldexp(kmeans.inertia(problem.labels), -2 * buffers.columns.exponent);
   for (int64_t c = 0; c < num_prototypes; ++c) {
@@ -391,7 +392,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confounder_dictionary(
     const std::optional<Tensor>& initial_prototypes, // [K, d]
     int64_t num_components,
     int64_t max_iter,
-    double tol) {
+    double tol,
+    double momentum) {
   STD_TORCH_CHECK(features.dim() == 2, "features must be of shape [n, d]");
   STD_TORCH_CHECK(
       uniforms.dim() == 2 && uniforms.scalar_type() == ScalarType::Double,
@@ -443,6 +445,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> confounder_dictionary(
         num_components,
         max_iter,
         tol,
+        momentum,
         static_cast<T*>(prototypes.mutable_data_ptr()),
         static_cast<T*>(proportions.mutable_data_ptr()),
         static_cast<int64_t*>(labels.mutable_data_ptr()),

@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/lloyd.h"
 #include "../common/stable.h"
 #include "simd/kmeans.h"
 
@@ -68,6 +69,8 @@ Kmeans<T>::Kmeans(
       : tiles_;
   centers_ = arena.take<T>(depth * num_centers);
   before_ = arena.take<T>(small_ ? 0 : depth * num_centers);
+  means_ = arena.take<T>(depth * num_centers);
+  fresh_ = arena.take<T>(depth * num_centers);
   packed_ = arena.take<T>(depth * std::max(num_centers, candidates));
   pairs_ = arena.take<uint32_t>(small_ ? 0 : (depth + 1) / 2 * num_centers);
   bias_ = arena.take<T>(num_centers);
@@ -255,7 +258,7 @@ template <typename T>
 int64_t Kmeans<T>::iterate(
     int64_t max_iter,
     double tolerance,
-    int64_t num_columns,
+    double momentum,
     int64_t* labels) {
   const auto& kernels = kmeans_kernels<T>();
   torch::stable::parallel_for(
@@ -265,9 +268,8 @@ int64_t Kmeans<T>::iterate(
               kernels.square_sum(tiles_ + tile * depth_ * tile_points, depth_);
         }
       });
-  const double variance =
-      std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0) / n_;
-  const double threshold = tolerance * variance / num_columns;
+  const double total =
+      std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0);
   // No coordinate is larger than the root of its tile's sum of squares, and no
   // sum larger than n times that: it must stay below 2^62.
   const double largest =
@@ -278,16 +280,47 @@ int64_t Kmeans<T>::iterate(
   std::fill_n(sums_, depth_ * num_centers_, 0);
   std::fill_n(counts_, num_centers_, 0);
   has_slack_ = false;
-  for (int64_t iteration = 1; iteration <= max_iter; ++iteration) {
-    if (assign(labels) == 0) {
+  const int64_t size = depth_ * num_centers_;
+  std::copy_n(centers_, size, means_);
+  double inertia = std::numeric_limits<double>::infinity();
+  bool is_ahead = false; // the centres are not the means of the last labels
+  int64_t iteration = 0;
+  for (bool is_last = false; !is_last;) {
+    ++iteration;
+    const bool has_moved = assign(labels) > 0;
+    if (!has_moved && !is_ahead) {
       return iteration;
     }
-    if (move_centers(labels) <= threshold || iteration == max_iter) {
-      assign(labels);
-      return iteration;
+    is_last = iteration == max_iter;
+    if (!small_) {
+      std::copy_n(centers_, size, before_);
+    }
+    double between = 0;
+    const bool is_relocated = find_means(labels, between);
+    const double before = inertia;
+    inertia = total - between;
+    if (is_ahead && inertia > before + inertia_rounding * total) {
+      inertia = before;
+      is_ahead = false;
+      std::copy_n(means_, size, centers_);
+    } else {
+      is_last |= tolerance > 0 && !is_relocated &&
+          before - inertia <= tolerance * inertia + inertia_rounding * total;
+      is_ahead = momentum > 0 && has_moved && iteration > 1 && !is_relocated &&
+          !is_last;
+      const double ahead = is_ahead ? momentum : 0;
+      for (int64_t i = 0; i < size; ++i) {
+        const double mean = fresh_[i];
+        centers_[i] = static_cast<T>(mean + ahead * (mean - means_[i]));
+      }
+      std::swap(means_, fresh_);
+    }
+    if (!small_) {
+      measure_drift();
     }
   }
-  return max_iter;
+  assign(labels);
+  return iteration;
 }
 
 /// Brings labels, sums and counts up to date with the centres; returns how many
@@ -382,20 +415,19 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
   }
 }
 
-/// Moves the centres to the means of their clusters and returns the sum of
-/// the squared shifts. An empty cluster takes the point farthest from its own
-/// centre, as in scikit-learn; it stays where it is if all points are centres.
+/// Finds the means of the clusters, and their sum of squares about the origin,
+/// weighted by counts. An empty cluster takes the point farthest from its own
+/// centre, as in scikit-learn, and keeps its last mean if all points are
+/// centres. Returns whether any took one.
 template <typename T>
-double Kmeans<T>::move_centers(const int64_t* labels) {
-  if (!small_) {
-    std::copy_n(centers_, depth_ * num_centers_, before_);
-  }
+bool Kmeans<T>::find_means(const int64_t* labels, double& between) {
   const int64_t* sums = sums_;
   const int64_t* counts = counts_;
   std::vector<int64_t> adjusted_sums;
   std::vector<int64_t> adjusted_counts;
   const int64_t num_empty = std::count(counts_, counts_ + num_centers_, 0);
-  if (num_empty > 0 && own_distances(labels) > 0) {
+  const bool is_relocated = num_empty > 0 && own_distances(labels) > 0;
+  if (is_relocated) {
     adjusted_sums.assign(sums_, sums_ + depth_ * num_centers_);
     adjusted_counts.assign(counts_, counts_ + num_centers_);
     std::vector<int64_t> rows(n_);
@@ -428,25 +460,22 @@ double Kmeans<T>::move_centers(const int64_t* labels) {
     sums = adjusted_sums.data();
     counts = adjusted_counts.data();
   }
-  double shift = 0;
+  between = 0;
   for (int64_t c = 0; c < num_centers_; ++c) {
-    if (counts[c] == 0) {
-      continue;
-    }
-    const double divisor = counts[c] * sum_scale_;
+    double square = 0;
     for (int64_t k = 0; k < depth_; ++k) {
-      T& center = centers_[k * num_centers_ + c];
-      const T mean = static_cast<T>(sums[c * depth_ + k] / divisor);
-      const double step =
-          static_cast<double>(mean) - static_cast<double>(center);
-      shift += step * step;
-      center = mean;
+      const int64_t at = k * num_centers_ + c;
+      if (counts[c] == 0) {
+        fresh_[at] = means_[at];
+        continue;
+      }
+      const double mean = sums[c * depth_ + k] / (counts[c] * sum_scale_);
+      square += mean * mean;
+      fresh_[at] = static_cast<T>(mean);
     }
+    between += counts[c] * square;
   }
-  if (!small_) {
-    measure_drift();
-  }
-  return shift;
+  return is_relocated;
 }
 
 /// How much slack a point of each cluster loses: as much as its own centre

@@ -44,13 +44,15 @@ class Kmeans {
   /// end with are as good.
   void choose_centers(const double* uniforms);
 
-  /// Lloyd's iterations until no label changes, or the squared shift of the
-  /// centres is at most `tolerance` times the points' variance, a mean over
-  /// `num_columns` columns. Writes labels [n]; returns the iterations made.
+  /// Lloyd's iterations until no label changes, or the inertia decreases by at
+  /// most `tolerance` times itself. With m_t the means after iteration t the
+  /// next centres are m_t + momentum (m_t - m_(t-1)); where that made the
+  /// inertia rise, iterating goes on from the last means. Writes labels [n];
+  /// returns the iterations made.
   int64_t iterate(
       int64_t max_iter,
       double tolerance,
-      int64_t num_columns,
+      double momentum,
       int64_t* labels);
 
   /// Sum of the squared distances of the points to their centres.
@@ -67,7 +69,7 @@ class Kmeans {
   void copy_point(const T* tiles, int64_t row, T* point, int64_t stride) const;
   int64_t assign(int64_t* labels);
   void prepare_products(Assignment<T>& task);
-  double move_centers(const int64_t* labels);
+  bool find_means(const int64_t* labels, double& between);
   void measure_drift();
   double own_distances(const int64_t* labels);
   int64_t grain(int64_t columns) const;
@@ -87,6 +89,8 @@ class Kmeans {
   T* sample_;       // [sample_tiles, depth, 64], or tiles_ itself
   T* centers_;      // [depth, K]
   T* before_;       // [depth, K]: centres before the last move
+  T* means_;        // [depth, K]: of the clusters after the last iteration
+  T* fresh_;        // [depth, K]: of the clusters now
   T* packed_;       // centres or candidates, packed
   uint32_t* pairs_; // centres as 16-bit integers, packed in pairs
   T* bias_;         // [K]

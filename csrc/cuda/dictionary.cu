@@ -348,7 +348,8 @@ Clustering<A>::Clustering(
   slice_sum = arena.take<double>(slices);
   centers = arena.take<A>(clusters * stride);
   half_squares = arena.take<A>(clusters);
-  shifts = arena.take<double>(clusters);
+  means = arena.take<A>(2 * clusters * stride);
+  between = arena.take<double>(clusters);
   sums = arena.take<Word>(kWords<A> * clusters * columns);
   counts = arena.take<Word>(clusters);
   changed = arena.take<Word>(2);

@@ -141,6 +141,7 @@ struct Clustering {
   int64_t candidates; // tried in each round of k-means++
   int64_t max_iter;
   double tol;
+  double momentum;
   const A* features;      // [n, d]
   const double* uniforms; // [clusters, candidates]
   bool has_initial;
@@ -167,7 +168,8 @@ struct Clustering {
   double* slice_sum;      // [slices]
   A* centers;             // [clusters, stride]
   A* half_squares;        // [clusters] half the squared norms of the centres
-  double* shifts;         // [clusters] squared
+  A* means;               // [2, clusters, stride]
+  double* between;        // [clusters] parts of a sum of squares
   Word* sums;             // [words, clusters * max(q, d)]
   Word* counts;           // [clusters]
   Word* changed;          // [2] labels, by the parity of the iteration

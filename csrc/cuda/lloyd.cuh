@@ -8,6 +8,7 @@
 #include <cuda_pipeline.h>
 #include <math.h>
 
+#include "../common/lloyd.h"
 #include "block.cuh"
 #include "dictionary.h"
 #include "rows.cuh"
@@ -382,43 +383,90 @@ __device__ void flush_sums(
   move(mine.counts, total.counts, p.clusters);
 }
 
-/// Moves the centres to the means of their rows (if `move`), and notes their
-/// squared shifts and norms. A warp has a centre to itself.
-template <typename A>
-__device__ void update_centers(
+/// Calls `set(k, lane)` for each centre, by a warp that has it to itself, and
+/// notes half the square that this returns, which the lanes add up.
+template <typename A, typename Set>
+__device__ void set_centers(
     const Clustering<A>& p,
-    const ClusterSums& total,
     int rank,
     int size,
-    bool move) {
+    const Set& set) {
   const int lane = threadIdx.x % 32;
   const int warps = blockDim.x / 32;
   for (int64_t k = rank * warps + threadIdx.x / 32; k < p.clusters;
        k += size * warps) {
-    const long long count = move ? static_cast<long long>(total.counts[k]) : 0;
-    A* center = p.centers + k * p.stride;
-    double shift = 0;
-    double square = 0;
-    for (int64_t j = lane; j < p.q; j += 32) {
-      const double old = static_cast<double>(center[j]);
-      double value = old;
-      if (count > 0) {
-        const double sum = fixed_value<A>(
-            total.sums, p.clusters * p.q, k * p.q + j, p.of_points);
-        const A mean = static_cast<A>(sum / static_cast<double>(count));
-        center[j] = mean;
-        value = static_cast<double>(mean);
-      }
-      shift += (value - old) * (value - old);
-      square += value * value;
-    }
-    shift = warp_reduce(shift, Add());
-    square = warp_reduce(square, Add());
+    const double square = warp_reduce(set(k, lane), Add());
     if (lane == 0) {
-      p.shifts[k] = shift;
       p.half_squares[k] = static_cast<A>(square / 2);
     }
   }
+}
+
+/// The means of the kept side, or of the other one: [clusters, stride].
+template <typename A>
+__device__ A* means_of(const Clustering<A>& p, int side) {
+  return p.means + side * p.clusters * p.stride;
+}
+
+/// Puts the centres where the means are.
+template <typename A>
+__device__ void put_centers_on_means(
+    const Clustering<A>& p,
+    int side,
+    int rank,
+    int size) {
+  const A* means = means_of(p, side);
+  set_centers(p, rank, size, [&](int64_t k, int lane) {
+    double square = 0;
+    for (int64_t j = lane; j < p.q; j += 32) {
+      const A value = means[k * p.stride + j];
+      p.centers[k * p.stride + j] = value;
+      square += static_cast<double>(value) * static_cast<double>(value);
+    }
+    return square;
+  });
+}
+
+/// Writes the means of the centres' rows to the side that is not `kept`, moves
+/// the centres `ahead` times the step from the kept means beyond them, and
+/// notes each cluster's part of the sum of squares between the clusters.
+template <typename A>
+__device__ void update_centers(
+    const Clustering<A>& p,
+    const ClusterSums& total,
+    int kept,
+    double ahead,
+    int rank,
+    int size) {
+  const A* last = means_of(p, kept);
+  A* fresh = means_of(p, 1 - kept);
+  set_centers(p, rank, size, [&](int64_t k, int lane) {
+    const auto count = static_cast<long long>(total.counts[k]);
+    const auto divisor = static_cast<double>(count);
+    double square = 0;
+    double between = 0;
+    for (int64_t j = lane; j < p.q; j += 32) {
+      const int64_t at = k * p.stride + j;
+      A mean = last[at];
+      if (count > 0) {
+        const double sum = fixed_value<A>(
+            total.sums, p.clusters * p.q, k * p.q + j, p.of_points);
+        mean = static_cast<A>(sum / divisor);
+        between += sum * sum / divisor;
+      }
+      const double step =
+          static_cast<double>(mean) - static_cast<double>(last[at]);
+      const A center = static_cast<A>(static_cast<double>(mean) + ahead * step);
+      fresh[at] = mean;
+      p.centers[at] = center;
+      square += static_cast<double>(center) * static_cast<double>(center);
+    }
+    between = warp_reduce(between, Add());
+    if (lane == 0) {
+      p.between[k] = between;
+    }
+    return square;
+  });
 }
 
 /// Copies the centres to shared memory, if they have room there, and returns
@@ -632,11 +680,21 @@ iterate(const Clustering<A>& p, const SharedLayout& layout, const Team& team) {
     }
   }
   point_norms(p, rank, size);
-  update_centers(p, total, rank, size, false);
+  int kept = 0; // the side of the means after the last iteration
+  set_centers(p, rank, size, [&](int64_t k, int lane) {
+    double square = 0;
+    for (int64_t j = lane; j < p.q; j += 32) {
+      const A value = p.centers[k * p.stride + j];
+      means_of(p, kept)[k * p.stride + j] = value;
+      square += static_cast<double>(value) * static_cast<double>(value);
+    }
+    return square;
+  });
   team.sync();
-  // The change of the centres at which iterating stops.
-  const double shift_limit = p.tol * block_sum(p.slice_sum, p.slices) /
-      static_cast<double>(p.n) / static_cast<double>(p.q);
+  const double spread = block_sum(p.slice_sum, p.slices);
+  const double rounding = inertia_rounding * spread;
+  double inertia = INFINITY;
+  bool is_ahead = false; // the centres are not the kept means
   A reach = load_centers(p, layout);
   __syncthreads();
 
@@ -660,21 +718,40 @@ iterate(const Clustering<A>& p, const SharedLayout& layout, const Team& team) {
       break;
     }
     ++iterations;
-    if (p.changed[parity] == 0) {
+    const bool has_moved = p.changed[parity] != 0;
+    if (!has_moved && !is_ahead) {
       break; // the centres are where they belong
     }
     if (thread == 0) {
       p.changed[1 - parity] = 0;
     }
     const int64_t lent = lend_to_empty_clusters(p, total, own, team);
-    update_centers(p, total, rank, size, true);
+    last = iterations >= p.max_iter;
+    const bool goes_ahead =
+        p.momentum > 0 && has_moved && iterations > 1 && lent == 0 && !last;
+    update_centers(p, total, kept, goes_ahead ? p.momentum : 0, rank, size);
     team.sync();
     if (rank == 0 && lent > 0) {
       lend_rows(p, total, lent, -1);
     }
+    const double now = spread - block_sum(p.between, p.clusters);
+    if (is_ahead && now > inertia + rounding) {
+      is_ahead = false; // that was too far
+      put_centers_on_means(p, kept, rank, size);
+      team.sync();
+    } else {
+      const bool converged =
+          p.tol > 0 && lent == 0 && inertia - now <= p.tol * now + rounding;
+      kept = 1 - kept;
+      if (goes_ahead && converged) {
+        put_centers_on_means(p, kept, rank, size);
+        team.sync();
+      }
+      is_ahead = goes_ahead && !converged;
+      last |= converged;
+      inertia = now;
+    }
     reach = load_centers(p, layout);
-    const double shift = block_sum(p.shifts, p.clusters);
-    last = shift <= shift_limit || iterations >= p.max_iter;
   }
   if (total.counts != p.counts) {
     for (int64_t k = threadIdx.x; k < p.clusters; k += blockDim.x) {

@@ -90,7 +90,8 @@ DictionaryResult dictionary_as(
     const std::optional<Tensor>& initial_in,
     int64_t num_components,
     int64_t max_iter,
-    double tol) {
+    double tol,
+    double momentum) {
   constexpr ScalarType type = kScalarType<A>;
   const Tensor features = as_contiguous(features_in, type); // [n, d]
   const Tensor uniforms = as_contiguous(uniforms_in, ScalarType::Double);
@@ -123,6 +124,7 @@ DictionaryResult dictionary_as(
   projection.initial_points = clustering.centers;
   clustering.max_iter = max_iter;
   clustering.tol = tol;
+  clustering.momentum = momentum;
   clustering.features = projection.features;
   clustering.uniforms = data<double>(uniforms);
   clustering.has_initial = has_initial;
@@ -145,7 +147,8 @@ DictionaryResult confounder_dictionary(
     const std::optional<Tensor>& initial_prototypes, // [K, d]
     int64_t num_components,
     int64_t max_iter,
-    double tol) {
+    double tol,
+    double momentum) {
   STD_TORCH_CHECK(
       features.dim() == 2 && uniforms.dim() == 2,
       "features and uniforms must be 2-d");
@@ -174,7 +177,13 @@ DictionaryResult confounder_dictionary(
       ? dictionary_as<double>
       : dictionary_as<float>;
   return run(
-      features, uniforms, initial_prototypes, num_components, max_iter, tol);
+      features,
+      uniforms,
+      initial_prototypes,
+      num_components,
+      max_iter,
+      tol,
+      momentum);
 }
 
 /// The inputs that the attention operators share, as A and contiguous.

@@ -146,7 +146,7 @@ def assert_matches_reference(
 ) -> Dictionary:
     """Compare what each row is assigned; surplus centres may change places by rounding."""
     n, d = features.shape
-    arguments = (uniforms, start, components or d, max_iter, tol)
+    arguments = (uniforms, start, components or d, max_iter, tol, 0.9)
     before = features.clone()
     got: Dictionary = ops.confounder_dictionary(features, *arguments)
     assert torch.equal(features, before)
@@ -297,7 +297,7 @@ def test_seeding_of_many_rows_uses_a_sample(emulation):
     centered = features - features.mean(0)
     uniforms = draws(num_prototypes)
     seeds = chosen[reference._plus_plus(centered[chosen], uniforms)]
-    arguments = (num_prototypes, 3, 1e-4)
+    arguments = (num_prototypes, 3, 1e-4, 0.9)
     got = emulation.ops.confounder_dictionary(features, uniforms, None, 2, *arguments[1:])
     exact = reference.confounder_dictionary(features, uniforms, features[seeds], 2, *arguments[1:])
     assert torch.equal(got[2], exact[2])
@@ -311,7 +311,7 @@ def test_rows_between_two_centres_are_decided_exactly(emulation, dtype):
     features = rows(200, 12).to(dtype) * 3
     start = features[:8].repeat(3, 1)
     start[8:16] += 1e-6 * rows(8, 12, 5).to(dtype)  # the rest are equal
-    arguments = (draws(24), start, 12, 1, 0.0)
+    arguments = (draws(24), start, 12, 1, 0.0, 0.9)
     labels = emulation.ops.confounder_dictionary(features, *arguments)[2]
     assert torch.equal(labels, reference.confounder_dictionary(features, *arguments)[2])
 
@@ -322,7 +322,9 @@ def test_subspace_holds_the_leading_variance(emulation, n, d, components):
     features = rows(n, d) * torch.linspace(3, 0.2, d)
     centered = features.double() - features.double().mean(0)
     exact = torch.linalg.svdvals(centered).square()[:components].sum()
-    inertia = emulation.ops.confounder_dictionary(features, draws(1), None, components, 5, 0.0)[3]
+    inertia = emulation.ops.confounder_dictionary(
+        features, draws(1), None, components, 5, 0.0, 0.9
+    )[3]
     assert float(inertia) == pytest.approx(float(exact), rel=1e-5)
 
 
@@ -338,7 +340,7 @@ def test_rank_deficient_features(emulation, rank):
 def test_fewer_distinct_rows_than_prototypes(emulation, dtype):
     features = rows(3, 4).repeat(8, 1).to(dtype)
     prototypes, proportions, labels, inertia, _ = emulation.ops.confounder_dictionary(
-        features, draws(6), None, 4, 20, 1e-4
+        features, draws(6), None, 4, 20, 1e-4, 0.9
     )
     assert float(inertia) == pytest.approx(0.0, abs=1e-25)
     assert int((proportions > 0).sum()) == 3
@@ -385,7 +387,7 @@ def test_starting_prototypes_that_are_not_finite_end_in_nan(emulation, dtype):
     start = features[:4].clone()
     start[2, 1] = math.inf
     prototypes, proportions, *_ = emulation.ops.confounder_dictionary(
-        features, draws(4), start, 5, 10, 1e-4
+        features, draws(4), start, 5, 10, 1e-4, 0.9
     )
     assert bool(prototypes.isnan().all())
     assert bool(proportions.isnan().all())
@@ -398,7 +400,7 @@ def test_features_that_are_not_finite_end_in_nan(emulation, bad, dtype, componen
     features = rows(30, 5).to(dtype)
     features[17, 3] = bad
     prototypes, proportions, labels, inertia, num_iter = emulation.ops.confounder_dictionary(
-        features, draws(4), None, components, 10, 1e-4
+        features, draws(4), None, components, 10, 1e-4, 0.9
     )
     assert bool(prototypes.isnan().all())
     assert bool(proportions.isnan().all())
@@ -540,18 +542,20 @@ def test_the_order_of_threads_and_blocks_does_not_matter(emulation):
         found: list[Tensor] = []
         for device in DEVICES.values():
             emulation.set_device(*device)
-            found += emulation.ops.confounder_dictionary(rows(90, 170), draws(6), None, 5, 6, 1e-4)
+            found += emulation.ops.confounder_dictionary(
+                rows(90, 170), draws(6), None, 5, 6, 1e-4, 0.9
+            )
         found += emulation.ops.confounder_dictionary(
-            rows(290, 70), draws(66, greedy=False), None, 70, 2, 0.0
+            rows(290, 70), draws(66, greedy=False), None, 70, 2, 0.0, 0.9
         )
         wide = emulation.ops.confounder_dictionary(
-            rows(50, 140).double(), draws(6), None, 5, 6, 1e-4
+            rows(50, 140).double(), draws(6), None, 5, 6, 1e-4, 0.9
         )
         wild = emulation.ops.confounder_dictionary(
-            rows(5, 3).repeat(9, 1), draws(9), rows(9, 3, 4) * 9, 3, 6, 1e-4
+            rows(5, 3).repeat(9, 1), draws(9), rows(9, 3, 4) * 9, 3, 6, 1e-4, 0.9
         )
         large = emulation.ops.confounder_dictionary(
-            rows(4200, 3), draws(9), rows(9, 3, 4) * 9, 3, 3, 0.0
+            rows(4200, 3), draws(9), rows(9, 3, 4) * 9, 3, 3, 0.0, 0.9
         )
         compensated, grads = run_compensate(emulation.ops, inputs, grad, True, 1.0)
         loss = emulation.ops.compensated_kd_loss(*inputs.loss_operands, 4.0, False, 1.0, True, True)
@@ -572,4 +576,4 @@ def test_wrong_shapes_are_refused(emulation):
     with pytest.raises(RuntimeError, match="w_key does not have the expected shape"):
         emulation.ops.compensate(*inputs.operands, False, 1.0)
     with pytest.raises(RuntimeError, match="num_components"):
-        emulation.ops.confounder_dictionary(rows(4, 3), draws(2), None, 4, 5, 0.0)
+        emulation.ops.confounder_dictionary(rows(4, 3), draws(2), None, 4, 5, 0.0, 0.9)
