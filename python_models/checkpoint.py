@@ -106,8 +106,10 @@ def export_network(path: Path, network: nn.Module, info: NetworkInfo) -> None:
     """Save weights as safetensors that describe themselves."""
     from safetensors.torch import save
 
+    # Cloned, since safetensors refuses tensors that share memory, as tied weights do.
     tensors = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
     }
     # One key alone: safetensors writes several in an order that changes from file to file.
     metadata = {"kdci": json.dumps(asdict(info))}
@@ -138,8 +140,17 @@ def read_info(path: Path) -> NetworkInfo | None:
     return NetworkInfo(**values)
 
 
+WRAPPERS = ("state_dict", "model", "net")
+"""Keys under which training scripts save a state dict among other things."""
+
+_PARALLEL_PREFIX = "module."
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from .safetensors, or from a file of `torch.save`, running no code.
+
+    It may lie under one of the keys `WRAPPERS`, and its names may begin with the ``module.`` of
+    DataParallel.
 
     Raises:
         UserError: If the file is missing, damaged or holds no state dict.
@@ -149,21 +160,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return _without_parallel_prefix(load_file(path))
         except FileNotFoundError as error:
             raise UserError(f"no weights at {path}") from error
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
-    state = _torch_load(path, "weights file")
-    if isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    state: Any = _torch_load(path, "weights file")
+    while inner := [key for key in WRAPPERS if isinstance(state.get(key), Mapping)]:
+        state = state[inner[0]]
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} must hold a state dict, that is, tensors by name")
-    return state
+    return _without_parallel_prefix(state)
+
+
+def _without_parallel_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not all(name.startswith(_PARALLEL_PREFIX) for name in state):
+        return dict(state)
+    return {name.removeprefix(_PARALLEL_PREFIX): value for name, value in state.items()}
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
     """Load a state dict that must fit exactly.
+
+    BatchNorm's counts of batches may be missing, as in old files: trained networks do not use them.
 
     Args:
         network: Where the weights go.
@@ -175,6 +194,10 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], name: str, p
         UserError: If a tensor is missing, unexpected or of another shape; the first ones are named.
     """
     expected = network.state_dict()
+    weights = {
+        **{key: value for key, value in expected.items() if key.endswith("num_batches_tracked")},
+        **weights,
+    }
     problems = [f"{key} is missing" for key in expected if key not in weights]
     problems += [f"{key} is unexpected" for key in weights if key not in expected]
     problems += [

@@ -8,6 +8,7 @@ commands answer at once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from python_models.config import (
+    Arguments,
     DistillConfig,
     EvaluateConfig,
     TrainTeacherConfig,
     distill_defaults,
     override,
     preset_paths,
+    read_arguments,
     read_settings,
     read_yaml,
 )
@@ -150,6 +153,21 @@ class FromFile(Generic[ConfigT]):
 def _parse(kind: Any, words: list[str], command: str, default: Any, description: str) -> Any:
     """Parse a (nested) dataclass with flat flags."""
     import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def network_arguments(info: Any) -> PrimitiveConstructorSpec[Arguments] | None:
+        if info.type != Arguments:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[NAME=VALUE ...]",
+            instance_from_str=read_arguments,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda values: [f"{k}={json.dumps(v)}" for k, v in values.items()],
+        )
 
     return tyro.cli(
         kind,
@@ -158,7 +176,18 @@ def _parse(kind: Any, words: list[str], command: str, default: Any, description:
         default=default,
         description=description,
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
     )
+
+
+def _make_working_directory_importable() -> None:
+    """Let networks be named that lie in the working directory, as ``python -m`` does.
+
+    Called when the package's own imports are done, which it cannot divert any more.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _peek(words: list[str]) -> argparse.Namespace:
@@ -192,6 +221,7 @@ def _distill(words: list[str]) -> None:
     )
     from python_models.engine import describe, distill
 
+    _make_working_directory_importable()
     result = distill(arguments.run)
     print(describe(result))
 
@@ -218,6 +248,7 @@ def _train_teacher(words: list[str]) -> None:
     )
     from python_models.teacher import train_teacher
 
+    _make_working_directory_importable()
     summary = train_teacher(config)
     print(f"teacher: {summary['accuracy']:.2f} % (last epoch), {summary['weights']}")
 
@@ -226,11 +257,12 @@ def _evaluate(words: list[str]) -> None:
     config = _single(words, "evaluate", EvaluateConfig(), "Measure a trained network's accuracy.")
     from python_models.evaluate import evaluate
 
+    _make_working_directory_importable()
     print(f"accuracy: {evaluate(config):.2f} %")
 
 
 def _list(words: list[str]) -> None:
-    kinds = ("methods", "networks", "generators", "datasets", "presets")
+    kinds = ("methods", "networks", "generators", "discriminators", "datasets", "presets")
     parser = argparse.ArgumentParser("kdci list", description="Show what there is by name.")
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join(kinds)}; all, if left out")
     kind = parser.parse_args(words).kind
@@ -265,9 +297,14 @@ def _entries(kind: str) -> list[tuple[str, str]]:
             (s.name, f"{s.num_classes} classes, {s.channels}x{s.image_size}x{s.image_size}")
             for s in specs
         ]
-    from python_models.networks import GENERATORS, NETWORKS
+    from python_models.networks import DISCRIMINATORS, GENERATORS, NETWORKS
 
-    registry: Any = NETWORKS if kind == "networks" else GENERATORS
+    registries: dict[str, Any] = {
+        "networks": NETWORKS,
+        "generators": GENERATORS,
+        "discriminators": DISCRIMINATORS,
+    }
+    registry = registries[kind]
     return [(name, _first_line(registry.get(name))) for name in registry.names()]
 
 

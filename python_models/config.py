@@ -9,8 +9,10 @@ This module imports neither torch nor the methods, so that the command line stay
 
 from __future__ import annotations
 
+import json
+import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -21,18 +23,25 @@ from python_models.errors import UserError, unknown_name
 SettingsT = TypeVar("SettingsT")
 ConfigT = TypeVar("ConfigT")
 
+Arguments = dict[str, Any]
+"""Arguments of a network: on the command line ``NAME=VALUE ...``, in YAML a mapping."""
+
 
 @dataclass(kw_only=True)
 class TaskConfig:
     """What is distilled into what."""
 
     teacher: str | None = None
-    """A run folder, a .safetensors file written by kdci, or a network's name with
-    --teacher-weights."""
+    """A run folder, a .safetensors file written by kdci, or with --teacher-weights a network: its
+    name (see: kdci list networks) or, for one of your own, package.module:callable."""
     teacher_weights: Path | None = None
-    """State dict (.pt, .pth, .safetensors) of a teacher that is given by its network's name."""
+    """State dict (.pt, .pth, .safetensors) of a teacher that is given as a network."""
+    teacher_args: Arguments = field(default_factory=dict)
+    """Arguments of a teacher of your own, as NAME=VALUE."""
     student: str = "resnet18"
-    """Name of the student's network (see: kdci list networks)."""
+    """The student's network: a name (see: kdci list networks) or package.module:callable."""
+    student_args: Arguments = field(default_factory=dict)
+    """Arguments of a student of your own, as NAME=VALUE."""
     dataset: str | None = None
     """The teacher's task: gives classes, image shape, normalisation and the test images. By default
     the one that the teacher's file names."""
@@ -42,6 +51,25 @@ class TaskConfig:
     """Images of a sampling method: a folder, an .npz file or a dataset's name."""
     evaluate: bool = True
     """Measure accuracy on the dataset's test images (the only original data ever opened)."""
+
+
+@dataclass(kw_only=True)
+class InputConfig:
+    """What a network was made for, where neither its file nor a dataset says so, or says wrong."""
+
+    num_classes: int | None = None
+    """Number of classes."""
+    image_size: int | None = None
+    """Height and width of the images."""
+    channels: int | None = None
+    """Channels of the images: 1 grey, 3 colour."""
+    normalisation: str | None = None
+    """Normalisation of images in [0, 1] by name: none, default (to [-1, 1]), imagenet, cifar10 and
+    so on; by default that of the network's file, or else of the dataset."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation by numbers: what is subtracted, one value or one for each channel."""
+    std: tuple[float, ...] | None = None
+    """What is divided by then, likewise."""
 
 
 @dataclass(kw_only=True)
@@ -124,6 +152,7 @@ class DistillConfig(Generic[SettingsT]):
     method: str = "fast"
     """Distillation method (see: kdci list methods)."""
     task: TaskConfig = field(default_factory=TaskConfig)
+    input: InputConfig = field(default_factory=InputConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     settings: SettingsT
     compensation: CompensationConfig = field(default_factory=CompensationConfig)
@@ -135,7 +164,9 @@ class TrainTeacherConfig:
     """Supervised training of a teacher on labelled data."""
 
     network: str = "resnet34"
-    """Name of the network (see: kdci list networks)."""
+    """The network: a name (see: kdci list networks) or package.module:callable."""
+    network_args: Arguments = field(default_factory=dict)
+    """Arguments of a network of your own, as NAME=VALUE."""
     dataset: str | None = None
     """Labelled dataset (see: kdci list datasets) or an .npz file."""
     data_root: Path = Path("data")
@@ -173,9 +204,13 @@ class EvaluateConfig:
     """Accuracy of a trained network on a dataset's test images."""
 
     network: str | None = None
-    """A run folder, a .safetensors file written by kdci, or a network's name with --weights."""
+    """A run folder, a .safetensors file written by kdci, or with --weights a network: its name
+    (see: kdci list networks) or, for one of your own, package.module:callable."""
     weights: Path | None = None
-    """State dict of a network that is given by its name."""
+    """State dict (.pt, .pth, .safetensors) of a network that is given as such."""
+    network_args: Arguments = field(default_factory=dict)
+    """Arguments of a network of your own, as NAME=VALUE."""
+    input: InputConfig = field(default_factory=InputConfig)
     dataset: str | None = None
     """Labelled dataset; by default the one that the file names."""
     split: Literal["test", "train"] = "test"
@@ -252,6 +287,10 @@ def _convert(name: str, value: Any, hint: Any, source: str) -> Any:
             return None
         hint = next(a for a in arguments if a is not type(None))
         return _convert(name, value, hint, source)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: {name}={value!r} must be a mapping of names to values")
+        return _network_arguments(name, value, source)
     if origin is Literal:
         if value in arguments:
             return value
@@ -274,6 +313,59 @@ def _convert(name: str, value: Any, hint: Any, source: str) -> Any:
     else:
         expected = {int: "a whole number", bool: "true or false"}.get(hint, hint.__name__)
     raise UserError(f"{source}: {name}={value!r} must be {expected}")
+
+
+_GIVEN_BY_THE_TASK = {"num_classes": "--num-classes", "in_channels": "--channels"}
+
+
+def _network_arguments(name: str, values: Mapping[Any, Any], source: str) -> Arguments:
+    arguments = {}
+    for key, value in values.items():
+        if not isinstance(key, str) or not key.isidentifier():
+            raise UserError(f"{source}: {name}: {key!r} cannot be the name of an argument")
+        if key in _GIVEN_BY_THE_TASK:
+            raise UserError(
+                f"{source}: {name}: {key} follows from the dataset or {_GIVEN_BY_THE_TASK[key]}: "
+                "leave it out"
+            )
+        # YAML 1.1 reads 1e-3 as text.
+        is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I)
+        arguments[key] = float(value) if is_number else value
+        try:
+            json.dumps(value)  # as it is stored with the weights
+        except TypeError as error:
+            raise UserError(
+                f"{source}: {name}: {key}={value!r} must be a number, text, true, false, null or a "
+                "list or mapping of these"
+            ) from error
+    return arguments
+
+
+def read_arguments(words: Iterable[str]) -> Arguments:
+    """Read a network's arguments as they stand on the command line.
+
+    Args:
+        words: ``NAME=VALUE``, the values as in YAML.
+
+    Raises:
+        UserError: If a word has another form.
+
+    Example:
+        >>> read_arguments(["width=2", "shortcut=no", "rate=1e-3"])
+        {'width': 2, 'shortcut': False, 'rate': 0.001}
+    """
+    import yaml
+
+    arguments = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} must have the form NAME=VALUE")
+        try:
+            arguments[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{word!r} has a value that YAML cannot read") from error
+    return _network_arguments("arguments", arguments, "command line")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -396,16 +488,18 @@ def check(config: DistillConfig[Any]) -> None:
     compensation = config.compensation
     if config.task.teacher is None:
         raise UserError(
-            "teacher is required: --teacher RUN_FOLDER, FILE.safetensors, or NETWORK with "
-            "--teacher-weights"
+            "teacher is required: --teacher RUN_FOLDER, FILE.safetensors, or with "
+            "--teacher-weights the name of a network or package.module:callable"
         )
     training = config.training
     if training.ep_steps < 0:
         raise UserError(f"ep_steps={training.ep_steps} must be >= 0")
     # The methods' own settings follow the same naming.
     for name, _, value in leaves(config):
-        is_count = name == "epochs" or name.endswith(("_steps", "_size", "_dim", "_every"))
-        if is_count and name != "ep_steps" and value < 1:
+        is_count = name in ("epochs", "num_classes", "channels") or name.endswith(
+            ("_steps", "_size", "_dim", "_every")
+        )
+        if is_count and name != "ep_steps" and value is not None and value < 1:
             raise UserError(f"{name}={value} must be >= 1")
         is_positive = name in ("temperature", "lr") or (name.startswith("lr_") and name != "lr_min")
         if is_positive and not value > 0:

@@ -35,10 +35,10 @@ from python_models.config import DistillConfig, check, flatten, write_yaml
 from python_models.data import LabelledData, load_labelled, load_unlabelled
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
-from python_models.losses import kd_divergence
-from python_models.methods import METHODS, Batch, Context
+from python_models.losses import batch_norm_layers, kd_divergence
+from python_models.methods import METHODS, Batch, Context, Method
 from python_models.methods.base import total
-from python_models.networks import Classifier, build_network
+from python_models.networks import Classifier, build_network, short_name
 from python_models.randomness import Randomness
 from python_models.reporting import (
     LossLog,
@@ -51,7 +51,13 @@ from python_models.reporting import (
     write_summary,
 )
 from python_models.schedule import check_same_run, learning_rate, set_learning_rate
-from python_models.teacher import LoadedNetwork, load_network, resolve_device
+from python_models.teacher import (
+    LoadedNetwork,
+    load_network,
+    require_features,
+    require_logits,
+    resolve_device,
+)
 
 PREVIEW_IMAGES = 64
 
@@ -99,17 +105,28 @@ class Distillation:
         self.device = device
         self.dataset = config.task.dataset or teacher.info.dataset
         self.info = NetworkInfo(
-            **{**asdict(teacher.info), "network": config.task.student, "arguments": {}}
+            **{
+                **asdict(teacher.info),
+                "network": config.task.student,
+                "arguments": config.task.student_args,
+            }
         )
         self.randomness = Randomness(config.training.seed, device)
         self.teacher = teacher.classifier.to(device)
+        self.teacher_info = teacher.info
         with self.randomness.initialising("student"):
             student = build_network(
-                config.task.student, self.info.num_classes, self.info.image_shape[0]
+                self.info.network,
+                self.info.num_classes,
+                self.info.image_shape[0],
+                **self.info.arguments,
             )
-        self.student = Classifier(student, self.info.mean, self.info.std).to(device)
+            self.student = Classifier(student, self.info.mean, self.info.std)
+            require_logits(self.student, self.info)
+        self.student.to(device)
 
         method_class = METHODS.get(config.method)
+        self._require_parts(method_class)
         if method_class.needs_unlabelled and config.task.unlabelled is None:
             raise UserError(
                 f"method {config.method} samples from unlabelled images: give a folder, an .npz "
@@ -158,6 +175,30 @@ class Distillation:
         self.round = 0
         self.step = 0
         self.is_round_open = False
+
+    def _require_parts(self, method_class: type[Method[Any]]) -> None:
+        """Check that teacher and student have the layers that the method reads."""
+        name = self.config.method
+        if method_class.needs_batch_norm and not batch_norm_layers(self.teacher):
+            others = [each for each in METHODS if not METHODS.get(each).needs_batch_norm]
+            raise UserError(
+                f"method {name} matches statistics that the teacher's BatchNorm layers store, but "
+                f"{self.teacher_info.network} has no BatchNorm layer with running statistics: use "
+                f"a method that needs none ({', '.join(others)}) or another teacher"
+            )
+        networks = {
+            "teacher": (self.teacher, self.teacher_info),
+            "student": (self.student, self.info),
+        }
+        for role in method_class.needs_features:
+            try:
+                require_features(*networks[role])
+            except UserError as error:
+                others = [each for each in METHODS if not METHODS.get(each).needs_features]
+                raise UserError(
+                    f"method {name} reads the vector before the {role}'s last layer. {error}; or "
+                    f"use a method that needs logits alone ({', '.join(others)})"
+                ) from error
 
     def _load_unlabelled(self) -> Tensor:
         task = self.config.task
@@ -345,7 +386,12 @@ def distill(config: DistillConfig[Any]) -> RunResult:
     assert task.teacher is not None
     device = resolve_device(config.training.device)
     teacher = load_network(
-        task.teacher, task.teacher_weights, task.dataset, data_root=task.data_root
+        task.teacher,
+        task.teacher_weights,
+        task.dataset,
+        data_root=task.data_root,
+        network_args=task.teacher_args,
+        given=config.input,
     )
     run = Distillation(config, teacher, device)
     test: LabelledData | None = None
@@ -357,8 +403,8 @@ def distill(config: DistillConfig[Any]) -> RunResult:
     path = output.out_dir or Path("runs") / "-".join(
         (
             config.method,
-            teacher.info.network,
-            task.student,
+            short_name(teacher.info.network),
+            short_name(task.student),
             "kdci" if config.compensation.kdci else "vanilla",
             f"seed{config.training.seed}",
         )

@@ -68,11 +68,19 @@ def evaluate(config: EvaluateConfig) -> float:
 
     if config.network is None:
         raise UserError(
-            "network is required: --network RUN_FOLDER, FILE.safetensors, or NETWORK with --weights"
+            "network is required: --network RUN_FOLDER, FILE.safetensors, or with --weights the "
+            "name of a network or package.module:callable"
         )
     device = resolve_device(config.device)
     loaded = load_network(
-        config.network, config.weights, config.dataset, "network", "weights", config.data_root
+        config.network,
+        config.weights,
+        config.dataset,
+        "network",
+        "weights",
+        config.data_root,
+        network_args=config.network_args,
+        given=config.input,
     )
     dataset = config.dataset or loaded.info.dataset
     if dataset is None:

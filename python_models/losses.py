@@ -105,6 +105,15 @@ def masked_adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return -(divergence * agree).mean()
 
 
+def batch_norm_layers(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return a network's BatchNorm layers that store running statistics."""
+    return [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+
+
 class BatchNormStatistics:
     """Distance of a batch's statistics from those stored in a teacher's BatchNorm layers.
 
@@ -131,18 +140,9 @@ class BatchNormStatistics:
     """
 
     def __init__(self, network: nn.Module, momentum: float = 0.0) -> None:
-        layers = [
-            module
-            for module in network.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and module.running_mean is not None
-        ]
+        layers = batch_norm_layers(network)
         if not layers:
-            raise ValueError(
-                "the teacher has no BatchNorm layer with running statistics, which this method "
-                "needs: use a teacher with BatchNorm or a method without a `bn` term (see `kdci "
-                "list methods`)"
-            )
+            raise ValueError("the network has no BatchNorm layer with running statistics")
         self.momentum = momentum
         self._layers = layers
         self._batch: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(layers)

@@ -260,8 +260,8 @@ def picture_of_images(path: Path, images: Tensor, columns: int = 8) -> None:
     rows = -(-count // columns)
     grid = torch.ones(rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
     pixels = images.detach().float().cpu().clamp(0, 1)
-    if channels == 1:
-        pixels = pixels.expand(-1, 3, -1, -1)
+    if channels < 3:
+        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
     for index, image in enumerate(pixels):
         top = 2 + index // columns * (height + 2)
         left = 2 + index % columns * (width + 2)

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from python_models.checkpoint import (
     NetworkInfo,
@@ -21,11 +25,18 @@ from python_models.checkpoint import (
     read_weights,
     save_checkpoint,
 )
-from python_models.config import TrainTeacherConfig, flatten, write_yaml
-from python_models.data import LabelledData, RandomCropFlip, dataset_spec, load_labelled, to_float
-from python_models.errors import Interrupted, UserError
+from python_models.config import InputConfig, TrainTeacherConfig, flatten, write_yaml
+from python_models.data import (
+    NORMALISATION,
+    LabelledData,
+    RandomCropFlip,
+    dataset_spec,
+    load_labelled,
+    to_float,
+)
+from python_models.errors import Interrupted, UserError, unknown_name
 from python_models.evaluate import accuracy
-from python_models.networks import Classifier, build_network
+from python_models.networks import Classifier, build_network, is_spec, names_from, short_name
 from python_models.randomness import Randomness
 from python_models.reporting import LossLog, Progress, RunFolder, write_metrics, write_summary
 from python_models.schedule import check_same_run, learning_rate, set_learning_rate
@@ -79,67 +90,190 @@ def load_network(
     argument: str = "teacher",
     weights_argument: str = "teacher_weights",
     data_root: Path = Path("data"),
+    *,
+    network_args: Mapping[str, Any] | None = None,
+    given: InputConfig | None = None,
 ) -> LoadedNetwork:
     """Load a trained network, frozen and in eval mode.
 
     Args:
-        source: A run folder, a .safetensors file that describes itself, or a network's name.
-        weights: State dict, where `source` is a name.
-        dataset: Task of a network given by name: classes, image shape and normalisation.
+        source: A run folder, a .safetensors file that describes itself, a network's name or
+            ``package.module:callable``.
+        weights: State dict, where `source` is one of the latter two. Where it describes itself, it
+            says what the network was made for.
+        dataset: Task of a network that no file describes: classes, image shape and normalisation.
         argument: What the user calls `source`, for error messages.
         weights_argument: What the user calls `weights`.
         data_root: Where a dataset's .npz file may be.
+        network_args: Arguments of ``package.module:callable``.
+        given: Classes, image shape and normalisation that win over those of file and dataset.
 
     Raises:
         UserError: If it cannot be found or does not fit.
     """
     path = Path(source)
-    if weights is not None and path.exists():
-        raise UserError(
-            f"{weights_argument}={weights} goes with a network's name, but {argument}={source} has "
-            "weights of its own: leave one out"
-        )
-    if path.is_dir():
-        files = [file for role in ROLES if (file := path / f"{role}.safetensors").is_file()]
-        if not files:
-            raise UserError(
-                f"{argument}={source} is a folder without student.safetensors or "
-                "teacher.safetensors: give the folder of a finished run"
-            )
-        path = files[0]
-    if path.is_file() or path.suffix == ".safetensors":
+    given = given or InputConfig()
+    flag = f"--{weights_argument.replace('_', '-')}"
+    if path.exists() or path.suffix == ".safetensors":
+        for name, value in ((weights_argument, weights), (f"{argument}_args", network_args)):
+            if value:
+                raise UserError(
+                    f"{name}={value} goes with a network's name, but {argument}={source} has one "
+                    "of its own, and weights: leave one out"
+                )
+        path = _weights_in(path, argument)
         info = read_info(path)
         if info is None:
             raise UserError(
-                f"{path} does not say which network it holds: give the network's name as "
-                f"--{argument} and this file as --{weights_argument.replace('_', '-')}"
+                f"{path} does not say which network it holds: give the network's name or "
+                f"package.module:callable as --{argument} and this file as {flag}"
+            )
+        info = _described(info, given)
+        with names_from(path):
+            network = build_network(
+                info.network, info.num_classes, info.image_shape[0], **info.arguments
             )
     else:
-        if len(path.parts) > 1:
+        if not is_spec(source) and len(path.parts) > 1:
             raise UserError(f"{argument}={source} is not there: give a run folder or a file")
         if weights is None:
-            build_network(source, 2)  # an unknown name is the likelier mistake
+            if not is_spec(source):
+                build_network(source, 2)  # an unknown name is the likelier mistake
             raise UserError(
-                f"{argument}={source} is a network's name: give its weights with "
-                f"--{weights_argument.replace('_', '-')}, or a run folder as --{argument}"
+                f"{argument}={source} is a network's name: give its weights with {flag}, or a run "
+                f"folder as --{argument}"
             )
-        if dataset is None:
-            raise UserError(f"dataset is required where --{argument} is a network's name")
-        spec = dataset_spec(dataset, data_root)
-        mean, std = spec.normalisation
-        info = NetworkInfo(
-            source,
-            spec.num_classes,
-            (spec.channels, spec.image_size, spec.image_size),
-            tuple(mean),
-            tuple(std),
-            dataset,
-        )
+        known = read_info(weights) if weights.suffix == ".safetensors" else None
+        info = _described(known or _task(dataset, data_root, argument, given), given)
+        if network_args or info.network != source:
+            info = replace(info, network=source, arguments=dict(network_args or {}))
         path = weights
-    network = build_network(info.network, info.num_classes, info.image_shape[0])
-    load_weights(network, read_weights(path), info.network, path)
+        network = build_network(source, info.num_classes, info.image_shape[0], **info.arguments)
     classifier = Classifier(network, info.mean, info.std)
+    require_logits(classifier, info)  # before the weights, which lazy layers have no place for yet
+    load_weights(network, read_weights(path), info.network, path)
     return LoadedNetwork(classifier.eval().requires_grad_(False), info)
+
+
+def _weights_in(path: Path, argument: str) -> Path:
+    """Return the file of weights in a run folder; a file as it is."""
+    if not path.is_dir():
+        return path
+    files = [file for role in ROLES if (file := path / f"{role}.safetensors").is_file()]
+    if not files:
+        raise UserError(
+            f"{argument}={path} is a folder without student.safetensors or teacher.safetensors: "
+            "give the folder of a finished run"
+        )
+    return files[0]
+
+
+def _task(dataset: str | None, data_root: Path, argument: str, given: InputConfig) -> NetworkInfo:
+    """Describe what a dataset's networks are made for, or else what is given."""
+    if dataset is not None:
+        spec = dataset_spec(dataset, data_root)
+        shape = (spec.channels, spec.image_size, spec.image_size)
+        mean, std = spec.normalisation
+        return NetworkInfo("", spec.num_classes, shape, tuple(mean), tuple(std), dataset)
+    classes, channels, size = given.num_classes, given.channels, given.image_size
+    has_normalisation = given.normalisation or given.mean or given.std
+    if classes is None or channels is None or size is None or not has_normalisation:
+        raise UserError(
+            f"dataset is required where --{argument} is a network's name; or else --num-classes, "
+            "--channels, --image-size, and --normalisation or --mean and --std"
+        )
+    return NetworkInfo("", classes, (channels, size, size), (0.0,), (1.0,))
+
+
+def _described(info: NetworkInfo, given: InputConfig) -> NetworkInfo:
+    """Replace what is given in a network's description."""
+    for name in ("num_classes", "channels", "image_size"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value} must be >= 1")
+    channels, height, width = info.image_shape
+    channels = given.channels or channels
+    mean, std = _normalisation(given) or (info.mean, info.std)
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise UserError(
+                f"{name}={list(values)} must have one value, or one for each of the {channels} "
+                "channels: give --mean and --std, or another --normalisation"
+            )
+    return replace(
+        info,
+        num_classes=given.num_classes or info.num_classes,
+        image_shape=(channels, given.image_size or height, given.image_size or width),
+        mean=mean,
+        std=std,
+    )
+
+
+def _normalisation(given: InputConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    mean, std = given.mean, given.std
+    if given.normalisation is not None:
+        if mean or std:
+            raise UserError("normalisation excludes mean and std: give the one or the others")
+        if given.normalisation not in NORMALISATION:
+            raise unknown_name("normalisation", given.normalisation, NORMALISATION)
+        return NORMALISATION[given.normalisation]
+    if not mean and not std:
+        return None
+    if not mean or not std or len(mean) != len(std):
+        raise UserError(
+            f"mean={list(mean or ())} and std={list(std or ())} must have the same number of "
+            "values: one, or one for each channel"
+        )
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise UserError(f"mean={list(mean)} and std={list(std)} must be finite, and std positive")
+    return mean, std
+
+
+def require_logits(classifier: Classifier, info: NetworkInfo) -> None:
+    """Check by one image that a network makes the logits that it should.
+
+    Raises:
+        UserError: If not, or if it has a state that cannot be saved.
+    """
+    name = info.network
+    with _probing(classifier, info) as image:
+        try:
+            logits = classifier(image)
+        except Exception as error:  # a module of the user's may raise anything
+            raise UserError(
+                f"{name} does not take images {list(image.shape)}: {type(error).__name__}: {error}"
+            ) from error
+    expected = [1, info.num_classes]
+    if list(logits.shape) != expected:
+        raise UserError(
+            f"{name} makes a tensor {list(logits.shape)} of images {list(image.shape)}, expected "
+            f"logits {expected}: give its number of classes as an argument of its own, or another "
+            "--num-classes"
+        )
+    state = classifier.network.state_dict()
+    extra = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if extra:
+        raise UserError(f"{name} has a state that cannot be saved safely: {extra[0]} is no tensor")
+
+
+def require_features(classifier: Classifier, info: NetworkInfo) -> None:
+    """Check by one image that a network's vector before the last layer can be found.
+
+    Raises:
+        UserError: If not.
+    """
+    with _probing(classifier, info) as image:
+        classifier.features(image)
+
+
+@contextmanager
+def _probing(classifier: Classifier, info: NetworkInfo) -> Iterator[Tensor]:
+    """Within the block a network is in eval mode; yields a black image for it."""
+    training = classifier.training
+    classifier.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield torch.zeros(1, *info.image_shape, device=classifier.mean.device)
+    classifier.train(training)
 
 
 def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
@@ -168,18 +302,24 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
         tuple(spec.normalisation[0]),
         tuple(spec.normalisation[1]),
         config.dataset,
+        config.network_args,
     )
+    title = short_name(config.network)
     out_dir = config.out_dir or Path(
-        f"runs/teacher-{config.network}-{Path(config.dataset).stem}-seed{config.seed}"
+        f"runs/teacher-{title}-{Path(config.dataset).stem}-seed{config.seed}"
     )
     randomness = Randomness(config.seed, device)
     with randomness.initialising("network"):
-        network = build_network(info.network, info.num_classes, info.image_shape[0])
+        network = build_network(
+            info.network, info.num_classes, info.image_shape[0], **info.arguments
+        )
+        classifier = Classifier(network, info.mean, info.std)
+        require_logits(classifier, info)
     folder = RunFolder(out_dir, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         check_same_run(flatten(config), folder.config)
     write_yaml(folder.config, config)
-    classifier = Classifier(network, info.mean, info.std).to(device)
+    classifier.to(device)
     optimizer = torch.optim.SGD(
         network.parameters(),
         lr=config.lr,
@@ -201,7 +341,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
 
     steps = -(-len(train.labels) // config.batch_size)
     log = LossLog(device)
-    progress = Progress(f"teacher {config.network}", config.epochs * steps, first_epoch * steps)
+    progress = Progress(f"teacher {title}", config.epochs * steps, first_epoch * steps)
     begin = time.monotonic() - seconds
     with StopRequest() as stop:
         for epoch in range(first_epoch, config.epochs):

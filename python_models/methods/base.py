@@ -24,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,8 @@ class Method(ABC, Generic[SettingsT]):
         num_prototypes: Default size of KDCI's dictionary.
         needs_unlabelled: Whether the method samples from unlabelled images.
         needs_labels: Whether the method is not data-free: it trains on labelled images.
+        needs_batch_norm: Whether the method reads the statistics in the teacher's BatchNorm layers.
+        needs_features: Whose vector before the last layer the method reads: "teacher", "student".
 
     Attributes:
         parts: What a checkpoint must hold, by name; filled by subclasses.
@@ -146,6 +148,8 @@ class Method(ABC, Generic[SettingsT]):
     num_prototypes: ClassVar[int]
     needs_unlabelled: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
+    needs_batch_norm: ClassVar[bool] = False
+    needs_features: ClassVar[tuple[Literal["teacher", "student"], ...]] = ()
 
     def __init__(self, settings: SettingsT, context: Context) -> None:
         self.settings = settings

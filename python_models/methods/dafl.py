@@ -64,6 +64,7 @@ class DAFL(Method[DAFLSettings]):
     Settings = DAFLSettings
     defaults: ClassVar = {"kd_steps": 5, "temperature": 1.0, "lr": 0.1, "weight_decay": 1e-4}
     num_prototypes = 8
+    needs_features = ("teacher",)
 
     def __init__(self, settings: DAFLSettings, context: Context) -> None:
         super().__init__(settings, context)

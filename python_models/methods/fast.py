@@ -91,6 +91,7 @@ class Fast(Method[FastSettings]):
     Settings = FastSettings
     defaults: ClassVar = {"kd_steps": 400, "temperature": 20.0, "lr": 0.2, "lr_min": 2e-4}
     num_prototypes = 8
+    needs_batch_norm = True
 
     def __init__(self, settings: FastSettings, context: Context) -> None:
         super().__init__(settings, context)
@@ -190,7 +191,7 @@ class Fast(Method[FastSettings]):
     def _reset_first_layers(self) -> None:
         """Draw the first linear and the first BatchNorm layer from the initial distribution."""
         modules = list(self.generator.modules())
-        linear = next(m for m in modules if isinstance(m, nn.Linear))
+        linear = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
         norm = next(m for m in modules if isinstance(m, nn.BatchNorm2d))
         with self.context.randomness.initialising("reset"):
             for layer in (linear, norm):

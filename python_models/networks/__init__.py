@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers, students and generators by name.
+"""Teachers, students, generators and discriminators by name.
 
 To add a network, write a class derived from `ImageNetwork` and register a factory of it under
-`NETWORKS`, in a module that is imported here.
+`NETWORKS`, in a module that is imported here. Without being added, any importable class or function
+that makes a module is known as `package.module:callable`.
 """
 
 # The modules are imported for their registrations, in the order `kdci list` shows.
-from python_models.networks import lenet, resnet, wide_resnet
+from python_models.networks import imagenet, lenet, mobilenet, resnet, shufflenet, vgg, wide_resnet
 from python_models.networks.base import (
     NETWORKS,
     Classifier,
@@ -14,20 +15,31 @@ from python_models.networks.base import (
     build_network,
     count_parameters,
 )
+from python_models.networks.custom import is_spec, names_from, short_name
+from python_models.networks.discriminators import DISCRIMINATORS, build_discriminator
 from python_models.networks.generators import GENERATORS, Generator, build_generator
 from python_models.networks.layers import init_normal_
 
 __all__ = [
+    "DISCRIMINATORS",
     "GENERATORS",
     "NETWORKS",
     "Classifier",
     "Generator",
     "ImageNetwork",
+    "build_discriminator",
     "build_generator",
     "build_network",
     "count_parameters",
+    "imagenet",
     "init_normal_",
+    "is_spec",
     "lenet",
+    "mobilenet",
+    "names_from",
     "resnet",
+    "short_name",
+    "shufflenet",
+    "vgg",
     "wide_resnet",
 ]

@@ -2,24 +2,38 @@
 """What every network of this package offers, and the wrapper that normalises its input."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from python_models.errors import UserError
+from python_models.networks.custom import call_factory, import_factory, is_spec
 from python_models.registry import Registry
 
 
 class ImageNetwork(nn.Module):
-    """A classifier of images in two parts: `features` up to the last layer, then `classify`.
+    """A classifier of images in parts: `feature_map`, its spatial mean `features`, `classify`.
 
-    Subclasses set `feature_dim` and implement both parts; images are already normalised here.
+    Subclasses set `feature_dim` and implement `classify` and `feature_map`; one without a map that
+    is averaged implements `features` instead, which is then a map of one pixel. Images are already
+    normalised here.
     """
 
     feature_dim: int
 
+    @property
+    def map_channels(self) -> int:
+        """Channels of the last feature map."""
+        return self.feature_dim
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the last feature map [b, map_channels, h', w'] of images [b, c, h, w]."""
+        return self.features(images)[:, :, None, None]
+
     def features(self, images: Tensor) -> Tensor:
         """Returns the penultimate vectors [b, feature_dim] of images [b, c, h, w]."""
-        raise NotImplementedError
+        return self.feature_map(images).mean(dim=(2, 3))
 
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of penultimate vectors [b, feature_dim]."""
@@ -30,30 +44,40 @@ class ImageNetwork(nn.Module):
         return self.classify(self.features(images))
 
 
-NETWORKS: Registry[Callable[[int, int], ImageNetwork]] = Registry("network")
+NETWORKS: Registry[Callable[..., ImageNetwork]] = Registry("network")
 """Factories `(num_classes, in_channels) -> ImageNetwork` by name."""
 
 
-def build_network(name: str, num_classes: int, in_channels: int = 3) -> ImageNetwork:
+def build_network(
+    name: str, /, num_classes: int, in_channels: int = 3, **arguments: Any
+) -> nn.Module:
     """Builds a freshly initialised network.
 
     Args:
-        name: a name in `NETWORKS`.
-        num_classes: number of logits, at least 1.
-        in_channels: channels of the images: 1 grey, 3 colour.
+        name: a name in `NETWORKS`, whose networks are all `ImageNetwork`s, or any importable class
+            or function that makes a module, as `package.module:callable`.
+        num_classes: number of logits, at least 1. A callable gets it where its signature has this
+            name or takes any keyword.
+        in_channels: channels of the images: 1 grey, 3 colour. A callable gets it where its
+            signature has this name.
+        **arguments: further keyword arguments of the callable.
 
     Raises:
-        ValueError: for an unknown name (the message gives the nearest ones) or a count below 1.
+        ValueError: for an unknown name (the message gives the nearest ones), a count below 1, a
+            callable that cannot be imported, does not take the arguments or makes no module.
 
     Example:
         >>> build_network("lenet5", num_classes=10, in_channels=1).feature_dim
         84
+        >>> build_network("torch.nn:Linear", 10, in_features=4, out_features=10)
+        Linear(in_features=4, out_features=10, bias=True)
     """
-    factory = NETWORKS.get(name)
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+    factory = import_factory(name) if is_spec(name) else NETWORKS.get(name)
+    counts = {"num_classes": num_classes, "in_channels": in_channels}
+    for argument, value in counts.items():
         if value < 1:
             raise ValueError(f"{argument}={value} must be at least 1")
-    return factory(num_classes, in_channels)
+    return call_factory(factory, name, counts, arguments)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -66,6 +90,9 @@ class Classifier(nn.Module):
 
     `mean` and `std` are buffers that are not saved: `classifier.network.state_dict()` holds the
     network's own keys, and checkpoints do not depend on the wrapper.
+
+    The vector before the last layer is that of an `ImageNetwork`. Of any other module it is the
+    input of the last `nn.Linear` that the module registers, whose output must be the logits.
 
     Args:
         network: any module from normalised images [b, c, h, w] to logits [b, num_classes].
@@ -132,30 +159,89 @@ class Classifier(nn.Module):
             return images
         return torch.addcmul(self._shift, images, self._scale)
 
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        """Returns the images [b, c, h, w] that `normalise` makes `normalised` of.
+
+        What a generator with `output_is_normalised` makes goes through this first; its images may
+        leave [0, 1].
+        """
+        if self._is_identity:
+            return normalised
+        return torch.addcmul(self.mean, normalised, self.std)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Returns the logits [b, num_classes] of images [b, c, h, w] in [0, 1]."""
-        logits: Tensor = self.network(self.normalise(images))
+        """Returns the logits [b, num_classes] of images [b, c, h, w] in [0, 1].
+
+        Raises:
+            ValueError: if the network returns something else than one tensor.
+        """
+        logits = self.network(self.normalise(images))
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self.network).__name__} must return the logits [b, num_classes] alone, "
+                f"got {type(logits).__name__}: wrap it in a module that does"
+            )
         return logits
 
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the network's last feature map [b, map_channels, h', w'] of images in [0, 1].
+
+        Its spatial mean is the penultimate vector; of a module that is no `ImageNetwork`, it is
+        that vector as a map of one pixel.
+        """
+        if isinstance(self.network, ImageNetwork):
+            return self.network.feature_map(self.normalise(images))
+        return self.features(images)[:, :, None, None]
+
     def features(self, images: Tensor) -> Tensor:
-        """Returns the network's penultimate vectors [b, feature_dim] of images in [0, 1]."""
-        features: Tensor = self._split_network().features(self.normalise(images))
-        return features
+        """Returns the network's penultimate vectors [b, feature_dim] of images in [0, 1].
+
+        Raises:
+            UserError: if the network is no `ImageNetwork` and its last `nn.Linear` does not make
+                its logits.
+        """
+        normalised = self.normalise(images)
+        if isinstance(self.network, ImageNetwork):
+            return self.network.features(normalised)
+        last = self._last_linear()
+        seen: list[tuple[Tensor, Tensor]] = []
+        handle = last.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+        try:
+            logits = self.network(normalised)
+        finally:
+            handle.remove()
+        if not seen or seen[-1][1] is not logits:
+            raise self._no_features("its last nn.Linear does not make its logits")
+        return seen[-1][0]
 
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of penultimate vectors [b, feature_dim]."""
-        logits: Tensor = self._split_network().classify(features)
+        if isinstance(self.network, ImageNetwork):
+            return self.network.classify(features)
+        logits: Tensor = self._last_linear()(features)
         return logits
 
     @property
     def feature_dim(self) -> int:
         """Length of the network's penultimate vector."""
-        return self._split_network().feature_dim
+        if isinstance(self.network, ImageNetwork):
+            return self.network.feature_dim
+        return self._last_linear().in_features
 
-    def _split_network(self) -> ImageNetwork:
-        if not isinstance(self.network, ImageNetwork):
-            raise TypeError(
-                f"{type(self.network).__name__} does not offer its penultimate vector: derive it "
-                f"from python_models.networks.ImageNetwork with `features` and `classify`"
-            )
-        return self.network
+    @property
+    def map_channels(self) -> int:
+        """Channels of the network's last feature map."""
+        return self.feature_dim
+
+    def _last_linear(self) -> nn.Linear:
+        linears = [m for m in self.network.modules() if isinstance(m, nn.Linear)]
+        if not linears:
+            raise self._no_features("it has no nn.Linear")
+        return linears[-1]
+
+    def _no_features(self, reason: str) -> UserError:
+        return UserError(
+            f"the vector before the last layer of {type(self.network).__name__} cannot be found: "
+            f"{reason}. Derive it from python_models.networks.ImageNetwork, with `feature_dim`, "
+            "`features` and `classify`"
+        )

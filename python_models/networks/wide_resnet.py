@@ -61,10 +61,10 @@ class WideResNet(ImageNetwork):
         self.feature_dim = 64 * width
         init_convolutions_(self)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Returns the spatial mean [b, 64 * width] of the last stage."""
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the last stage's activated output."""
         x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return F.relu(self.bn1(x), inplace=True).mean(dim=(2, 3))
+        return F.relu(self.bn1(x), inplace=True)
 
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of features [b, 64 * width]."""
@@ -89,6 +89,12 @@ def wrn16_2(num_classes: int, in_channels: int = 3) -> WideResNet:
     return WideResNet(16, 2, num_classes, in_channels)
 
 
+@NETWORKS.register("wrn16_4")
+def wrn16_4(num_classes: int, in_channels: int = 3) -> WideResNet:
+    """WRN-16-4: 2,748,890 parameters for 10 classes."""
+    return WideResNet(16, 4, num_classes, in_channels)
+
+
 @NETWORKS.register("wrn40_1")
 def wrn40_1(num_classes: int, in_channels: int = 3) -> WideResNet:
     """WRN-40-1: 563,930 parameters for 10 classes."""
@@ -99,3 +105,9 @@ def wrn40_1(num_classes: int, in_channels: int = 3) -> WideResNet:
 def wrn40_2(num_classes: int, in_channels: int = 3) -> WideResNet:
     """WRN-40-2: 2,243,546 parameters for 10 classes."""
     return WideResNet(40, 2, num_classes, in_channels)
+
+
+@NETWORKS.register("wrn40_4")
+def wrn40_4(num_classes: int, in_channels: int = 3) -> WideResNet:
+    """WRN-40-4: 8,949,210 parameters for 10 classes."""
+    return WideResNet(40, 4, num_classes, in_channels)
