@@ -169,8 +169,12 @@ class BatchNormStatistics:
 
         return read
 
-    def loss(self) -> Tensor:
-        """Return the loss of the last batch that went through the teacher."""
+    def loss(self, first: float = 1.0) -> Tensor:
+        """Return the loss of the last batch that went through the teacher.
+
+        Args:
+            first: Factor on the first layer's term; DeepInversion takes 10 on ImageNet.
+        """
         total = self._batch[0][0].new_zeros(())
         for index, layer in enumerate(self._layers):
             mean, variance = self._batch[index]
@@ -180,8 +184,9 @@ class BatchNormStatistics:
                 variance = (1 - self.momentum) * variance + self.momentum * old_variance
             assert layer.running_mean is not None
             assert layer.running_var is not None
-            total = total + torch.linalg.vector_norm(layer.running_var - variance)
-            total = total + torch.linalg.vector_norm(layer.running_mean - mean)
+            distance = torch.linalg.vector_norm(layer.running_var - variance)
+            distance = distance + torch.linalg.vector_norm(layer.running_mean - mean)
+            total = total + (distance if index else first * distance)
         return total
 
     def update_average(self) -> None:
@@ -259,3 +264,106 @@ def noise_adaptation_loss(student: Tensor, labels: Tensor, log_transition: Tenso
     """
     log_joint = F.log_softmax(student, dim=1) + log_transition.T[labels]
     return -torch.logsumexp(log_joint, dim=1).mean()
+
+
+def _neighbour_differences(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what changes from pixel to pixel: across, down and along both diagonals."""
+    return (
+        images[..., :, :-1] - images[..., :, 1:],
+        images[..., :-1, :] - images[..., 1:, :],
+        images[..., :-1, :-1] - images[..., 1:, 1:],
+        images[..., 1:, :-1] - images[..., :-1, 1:],
+    )
+
+
+def total_variation_l2(images: Tensor) -> Tensor:
+    """Roughness of images, as norms over the whole batch (DeepInversion).
+
+    Args:
+        images: ``[b, c, h, w]``.
+
+    Returns:
+        Scalar ``sum_d ||D_d x||_2`` over the differences ``D_d`` to the right, lower and both
+        diagonal neighbours.
+    """
+    norms = [torch.linalg.vector_norm(change) for change in _neighbour_differences(images)]
+    return torch.stack(norms).sum()
+
+
+def total_variation_l1(images: Tensor) -> Tensor:
+    """Roughness of images, as mean magnitudes (DeepInversion's second form).
+
+    Args:
+        images: ``[b, c, h, w]``.
+
+    Returns:
+        Scalar ``sum_d mean |D_d x|`` over the differences of `total_variation_l2`.
+    """
+    return torch.stack([change.abs().mean() for change in _neighbour_differences(images)]).sum()
+
+
+def image_norm(images: Tensor, over: Literal["batch", "image"] = "batch") -> Tensor:
+    """Un-squared Euclidean norm of images (DeepInversion).
+
+    Args:
+        images: ``[b, c, h, w]``.
+        over: ``batch``: one norm of all values (its CIFAR-10 form); ``image``: the mean of the
+            images' norms (its ImageNet form).
+
+    Returns:
+        Scalar ``||x||_2`` or ``mean_b ||x_b||_2``.
+    """
+    rows = images.reshape(1, -1) if over == "batch" else images.flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.mean()
+
+
+def competition_loss(student: Tensor, teacher: Tensor, *, clamped: bool = True) -> Tensor:
+    """Agreement of student and teacher, by a Jensen-Shannon divergence (Adaptive DeepInversion).
+
+    With ``P = softmax(s / 3)``, ``Q = softmax(t / 3)`` and ``M = (P + Q) / 2``, each then clamped
+    to [0.01, 0.99], ``J = (KL(M || P) + KL(M || Q)) / 2``, averaged over the batch. The divergences
+    run from the mean, as in the released code, not to it. A probability outside the clamp has no
+    gradient: of 100 classes that is most of them.
+
+    Args:
+        student: Student logits, ``[b, c]``.
+        teacher: Teacher logits, ``[b, c]``; gradients flow into both.
+        clamped: ``1 - clamp(J, 0, 1)`` (DeepInversion) or ``-J`` (the benchmark form).
+
+    Returns:
+        Scalar.
+    """
+    p, q = F.softmax(student / 3, dim=1), F.softmax(teacher / 3, dim=1)
+    mean = ((p + q) / 2).clamp(0.01, 0.99)
+    divergence = sum(
+        0.5 * F.kl_div(other.clamp(0.01, 0.99).log(), mean, reduction="batchmean")
+        for other in (p, q)
+    )
+    assert isinstance(divergence, Tensor)
+    return 1 - divergence.clamp(0, 1) if clamped else -divergence
+
+
+def contrastive_loss(
+    local: Tensor, global_: Tensor, num_current: int, temperature: float
+) -> Tensor:
+    """InfoNCE between two views of each image (CMI): each local view should find its global one.
+
+    ``l_i = -log softmax_j(u_i . v_j / temperature)_i``, over all columns ``j``; the mean over the
+    current images plus the mean over those from the memory bank, if there are any.
+
+    Args:
+        local: Unit vectors ``u`` of the local views, ``[n, k]``: current images, then old ones.
+        global_: Unit vectors ``v`` of the global views, ``[n, k]``; constants.
+        num_current: How many of the rows are of current images.
+        temperature: Positive.
+
+    Returns:
+        Scalar.
+    """
+    similarities = local @ global_.detach().T / temperature
+    own = torch.arange(len(local), device=local.device)
+    terms = F.cross_entropy(similarities, own, reduction="none")
+    if num_current == len(local):
+        return terms.mean()
+    return terms[:num_current].mean() + terms[num_current:].mean()

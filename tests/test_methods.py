@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_task import CLASSES, METHOD_SETTINGS, make_task, tiny_config
+from tiny_task import CLASSES, METHOD_SETTINGS, make_task, start, tiny_config
 from torch import Tensor, nn
 
 import python_models.data.labelled
 from python_models import losses
 from python_models.data import to_float
-from python_models.engine import Distillation, distill
+from python_models.engine import distill
 from python_models.errors import DivergenceError, UserError
 from python_models.methods import METHODS
 from python_models.methods.base import Method
@@ -32,13 +32,6 @@ GENERATING = [name for name in METHODS if not METHODS.get(name).needs_unlabelled
 @pytest.fixture
 def task(tmp_path: Path) -> dict[str, Any]:
     return make_task(tmp_path)
-
-
-def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:
-    config = tiny_config(task, method, **values)
-    assert config.task.teacher is not None
-    teacher = load_network(config.task.teacher, None, None)
-    return Distillation(config, teacher, torch.device("cpu"))
 
 
 def test_every_method_is_tested_here() -> None:

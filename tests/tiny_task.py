@@ -9,7 +9,9 @@ import torch
 
 from python_models.checkpoint import NetworkInfo, export_network
 from python_models.config import DistillConfig, distill_config
+from python_models.engine import Distillation
 from python_models.networks import build_network
+from python_models.teacher import load_network
 
 CLASSES = 4
 
@@ -50,10 +52,29 @@ def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
 
 
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "cmi": {
+        "generator": "generator_tiny",
+        "latent_dim": 8,
+        "synthesis_batch_size": 10,
+        "g_steps": 2,
+        "head_dim": 8,
+        "bank_size": 25,
+        "bank_sample_size": 15,
+        "pool_size": 25,
+        "ep_steps": 4,
+        "kd_steps": 2,
+    },
     "dafl": {
         "generator": "generator_tiny",
         "latent_dim": 8,
         "synthesis_batch_size": 10,
+        "ep_steps": 4,
+        "kd_steps": 2,
+    },
+    "deepinversion": {
+        "synthesis_batch_size": 10,
+        "g_steps": 3,
+        "pool_size": 25,
         "ep_steps": 4,
         "kd_steps": 2,
     },
@@ -77,3 +98,11 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
 def tiny_config(task: dict[str, Any], method: str, **values: Any) -> DistillConfig[Any]:
     """Return the config of a quick run."""
     return distill_config(method=method, **{**task, **METHOD_SETTINGS[method], **values})
+
+
+def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:
+    """Return a quick run before its first step."""
+    config = tiny_config(task, method, **values)
+    assert config.task.teacher is not None
+    teacher = load_network(config.task.teacher, None, None)
+    return Distillation(config, teacher, torch.device("cpu"))

@@ -5,7 +5,12 @@ Images are uint8 or, in [0, 1], float32 tensors [n, c, h, w]; normalisation belo
 (`python_models.networks.Classifier`).
 """
 
-from python_models.data.augment import RandomCropFlip
+from python_models.data.augment import (
+    RandomCropFlip,
+    RandomResizedCropFlip,
+    RandomRollFlip,
+)
+from python_models.data.bank import FeatureBank
 from python_models.data.datasets import DATASETS, NORMALISATION, DatasetSpec, dataset_spec
 from python_models.data.formats import CorruptDataError, MissingDataError
 from python_models.data.images import to_float, to_uint8
@@ -18,10 +23,13 @@ __all__ = [
     "NORMALISATION",
     "CorruptDataError",
     "DatasetSpec",
+    "FeatureBank",
     "ImagePool",
     "LabelledData",
     "MissingDataError",
     "RandomCropFlip",
+    "RandomResizedCropFlip",
+    "RandomRollFlip",
     "dataset_spec",
     "load_labelled",
     "load_unlabelled",

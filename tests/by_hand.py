@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss terms once more, in plain loops and float64, for the tests of methods that use them."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from python_models.engine import Distillation
+
+
+def probabilities(row: Tensor, temperature: float = 1.0) -> list[float]:
+    """Softmax of one row of logits."""
+    weights = [math.exp(float(x) / temperature) for x in row.detach()]
+    return [w / sum(weights) for w in weights]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> float:
+    """Mean negative logarithm of the targets' probabilities."""
+    terms = [-math.log(probabilities(t)[int(y)]) for t, y in zip(logits, targets, strict=True)]
+    return sum(terms) / len(terms)
+
+
+def norm(values: Tensor) -> float:
+    """Euclidean norm of all values."""
+    return math.sqrt(float((values.double() ** 2).sum()))
+
+
+def in_float64(run: Distillation) -> None:
+    """Make a run's networks float64, with BatchNorm statistics that no fresh network has."""
+    for module in [*run.teacher.modules(), *run.student.modules()]:
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    run.teacher.double()
+    run.student.double()
+    run.student.eval()
+
+
+def inputs_of_norms(run: Distillation, images: Tensor) -> list[tuple[nn.BatchNorm2d, Tensor]]:
+    """BatchNorm layers of a LeNet teacher and what enters them, images being in [0, 1]."""
+    net, found = run.teacher.network, []
+    x = (images - 0.5) / 0.5
+    for conv, bn, pool in (
+        (net.conv1, net.bn1, 2),
+        (net.conv2, net.bn2, 2),
+        (net.conv3, net.bn3, 1),
+    ):
+        x = conv(x)
+        found.append((bn, x))
+        x = F.relu(F.max_pool2d(bn(x), pool))
+    return found
+
+
+def batch_norm_distances(run: Distillation, images: Tensor) -> list[float]:
+    """Distance of a batch's statistics from the stored ones, for each layer of the teacher."""
+    distances = []
+    for layer, inputs in inputs_of_norms(run, images):
+        rows = inputs.detach().transpose(0, 1).flatten(1)
+        mean = rows.sum(1) / rows.shape[1]
+        variance = ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
+        assert isinstance(layer.running_mean, Tensor)
+        assert isinstance(layer.running_var, Tensor)
+        distances.append(norm(layer.running_mean - mean) + norm(layer.running_var - variance))
+    return distances
