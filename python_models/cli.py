@@ -43,7 +43,7 @@ commands:
   train-teacher   train a teacher on labelled data
   distill         distil a teacher into a student, without the teacher's data
   evaluate        measure the accuracy of a trained network
-  list            show methods, networks, generators, datasets and presets
+  list            show methods, networks, generators, discriminators, datasets and presets
   demo            see it work in a few minutes on a CPU
   bench           measure the operators beside other libraries (in a clone)
 
@@ -230,7 +230,7 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _list(words: list[str]) -> None:
-    kinds = ("methods", "networks", "generators", "datasets", "presets")
+    kinds = ("methods", "networks", "generators", "discriminators", "datasets", "presets")
     parser = argparse.ArgumentParser("kdci list", description="Show what there is by name.")
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join(kinds)}; all, if left out")
     kind = parser.parse_args(words).kind
@@ -265,9 +265,14 @@ def _entries(kind: str) -> list[tuple[str, str]]:
             (s.name, f"{s.num_classes} classes, {s.channels}x{s.image_size}x{s.image_size}")
             for s in specs
         ]
-    from python_models.networks import GENERATORS, NETWORKS
+    from python_models.networks import DISCRIMINATORS, GENERATORS, NETWORKS
 
-    registry: Any = NETWORKS if kind == "networks" else GENERATORS
+    registries = {
+        "networks": NETWORKS,
+        "generators": GENERATORS,
+        "discriminators": DISCRIMINATORS,
+    }
+    registry: Any = registries[kind]
     return [(name, _first_line(registry.get(name))) for name in registry.names()]
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_task import CLASSES, METHOD_SETTINGS, make_task, tiny_config
+from tiny_task import CLASSES, METHOD_SETTINGS, make_task, start, tiny_config
 from torch import Tensor, nn
 
 import python_models.data.labelled
 from python_models import losses
 from python_models.data import to_float
-from python_models.engine import Distillation, distill
+from python_models.engine import distill
 from python_models.errors import DivergenceError, UserError
 from python_models.methods import METHODS
 from python_models.methods.base import Method
@@ -32,13 +32,6 @@ GENERATING = [name for name in METHODS if not METHODS.get(name).needs_unlabelled
 @pytest.fixture
 def task(tmp_path: Path) -> dict[str, Any]:
     return make_task(tmp_path)
-
-
-def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:
-    config = tiny_config(task, method, **values)
-    assert config.task.teacher is not None
-    teacher = load_network(config.task.teacher, None, None)
-    return Distillation(config, teacher, torch.device("cpu"))
 
 
 def test_every_method_is_tested_here() -> None:
@@ -211,107 +204,6 @@ def test_neither_the_teacher_nor_anything_it_holds_changes(
     assert all(torch.equal(value, before[name]) for name, value in run.teacher.state_dict().items())
     assert all(p.grad is None for p in run.teacher.parameters())
     assert not any(m._forward_pre_hooks for m in run.teacher.modules())
-
-
-def test_dafl_generator_losses(task: dict[str, Any]) -> None:
-    run = start(task, "dafl", oh=0.5, act=0.1, ie=5.0, entropy_base="10")
-    images = torch.rand(10, 1, 32, 32)
-    found = run.method.generator_losses(images)  # type: ignore[attr-defined]
-    features = run.teacher.features(images)
-    p = run.teacher(images).softmax(1)
-    mean = p.mean(0)
-    assert found["oh"].item() == pytest.approx(-0.5 * p.amax(1).log().mean().item(), rel=1e-5)
-    assert found["act"].item() == pytest.approx(-0.1 * features.abs().mean().item(), rel=1e-5)
-    expected = 5.0 * (mean * mean.log10()).sum().item()
-    assert found["ie"].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_fast_generator_losses(task: dict[str, Any]) -> None:
-    run = start(task, "fast", bn=3.0, oh=0.5, adv=2.0)
-    run.student.eval()
-    images, targets = torch.rand(10, 1, 32, 32), torch.arange(10) % CLASSES
-    method: Any = run.method
-    found = method.generator_losses(images, targets, adversarial=True)
-    t, s = run.teacher(images), run.student(images)
-    expected_oh = -0.5 * t.log_softmax(1)[torch.arange(10), targets].mean().item()
-    agree = (t.argmax(1) == s.argmax(1)).float()
-    kl = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1)
-    assert found["oh"].item() == pytest.approx(expected_oh, rel=1e-5)
-    assert found["adv"].item() == pytest.approx(-2.0 * (agree * kl).mean().item(), rel=1e-5)
-    statistics = losses.BatchNormStatistics(run.teacher)
-    with statistics:
-        run.teacher(images)
-    assert found["bn"].item() == pytest.approx(3.0 * statistics.loss().item(), rel=1e-5)
-    assert "adv" not in method.generator_losses(images, targets, adversarial=False)
-
-
-@pytest.mark.parametrize("meta", ["fomaml", "reptile", "none"])
-def test_fast_meta_step(meta: str, task: dict[str, Any]) -> None:
-    run = start(task, "fast", meta=meta, g_steps=3)
-    method: Any = run.method
-    before = [p.detach().clone() for p in method.generator.parameters()]
-    inner_gradients: list[list[Tensor]] = []
-    inner_weights: list[Tensor] = []
-    original_step = torch.optim.Adam.step
-
-    def step(self: torch.optim.Adam, *args: Any) -> Any:
-        if self is not method.optimizer:
-            group = self.param_groups[0]["params"]
-            inner_gradients.append([p.grad.clone() for p in group])
-        result = original_step(self, *args)
-        if self is not method.optimizer:
-            inner_weights[:] = [p.detach().clone() for p in self.param_groups[0]["params"]]
-        return result
-
-    torch.optim.Adam.step = step  # type: ignore[method-assign, assignment]
-    try:
-        method.begin_round(0)
-    finally:
-        torch.optim.Adam.step = original_step  # type: ignore[method-assign]
-    after = list(method.generator.parameters())
-    if meta == "none":
-        assert all(torch.equal(a, b) for a, b in zip(after, inner_weights, strict=True))
-        return
-    assert method.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * 3)
-    for i, parameter in enumerate(after):
-        if meta == "fomaml":
-            expected = sum(gradients[i] for gradients in inner_gradients)
-        else:
-            expected = 67.0 * (before[i] - inner_weights[i])
-        torch.testing.assert_close(parameter.grad, expected)
-        assert not torch.equal(parameter, before[i])
-
-
-def test_fast_keeps_the_images_of_the_lowest_loss(
-    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = start(task, "fast", g_steps=4, lr_g=0.5, lr_z=5.0, crop=0, flip=False)
-    method: Any = run.method
-    tried: list[tuple[float, Tensor]] = []
-    original = method.generator_losses
-
-    def record(images: Tensor, *args: Any, **kwargs: Any) -> Any:
-        terms = original(images, *args, **kwargs)
-        tried.append((sum(term.item() for term in terms.values()), images.detach().clone()))
-        return terms
-
-    monkeypatch.setattr(method, "generator_losses", record)
-    synthesis = method.begin_round(0)
-    best = min(tried, key=lambda pair: pair[0])[1]
-    assert torch.equal(synthesis.batch.images, best)
-    assert len(method.pool) == 10
-
-
-def test_fast_resets_the_first_layers_once(task: dict[str, Any]) -> None:
-    run = start(task, "fast", warmup=0, reset_after=1, meta="reptile", lr_g=1e-9)
-    method: Any = run.method
-    stems = []
-    for index in range(3):
-        method.begin_round(index)
-        stems.append(method.generator.stem.weight.detach().clone())
-    assert (stems[1] - stems[0]).abs().max() > 0.01
-    assert stems[1].std().item() == pytest.approx(0.02, rel=0.1)
-    torch.testing.assert_close(stems[1], stems[2], atol=1e-4, rtol=0)
 
 
 def test_methods_that_need_batch_norm_say_so(tmp_path: Path) -> None:

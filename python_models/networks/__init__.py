@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers, students and generators by name.
+"""Teachers, students, generators and discriminators by name.
 
 To add a network, write a class derived from `ImageNetwork` and register a factory of it under
 `NETWORKS`, in a module that is imported here.
@@ -14,15 +14,18 @@ from python_models.networks.base import (
     build_network,
     count_parameters,
 )
+from python_models.networks.discriminators import DISCRIMINATORS, build_discriminator
 from python_models.networks.generators import GENERATORS, Generator, build_generator
 from python_models.networks.layers import init_normal_
 
 __all__ = [
+    "DISCRIMINATORS",
     "GENERATORS",
     "NETWORKS",
     "Classifier",
     "Generator",
     "ImageNetwork",
+    "build_discriminator",
     "build_generator",
     "build_network",
     "count_parameters",

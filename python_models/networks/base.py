@@ -132,6 +132,16 @@ class Classifier(nn.Module):
             return images
         return torch.addcmul(self._shift, images, self._scale)
 
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        """Returns the images [b, c, h, w] that `normalise` makes `normalised` of.
+
+        What a generator with `output_is_normalised` makes goes through this first; its images may
+        leave [0, 1].
+        """
+        if self._is_identity:
+            return normalised
+        return torch.addcmul(self.mean, normalised, self.std)
+
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of images [b, c, h, w] in [0, 1]."""
         logits: Tensor = self.network(self.normalise(images))

@@ -16,6 +16,10 @@ class Generator(nn.Module):
     A 3x3 convolution, BatchNorm and LeakyReLU(0.2) follow each upsampling; a last 3x3 convolution
     and a sigmoid make the image.
 
+    Attributes:
+        output_is_normalised: the images are to be taken as normalised ones, not as ones in [0, 1]:
+            `Classifier.denormalise` makes those of them.
+
     Args:
         latent_dim: length of the latent vectors.
         image_size: height and width of the images, a multiple of 4.
@@ -31,6 +35,8 @@ class Generator(nn.Module):
         >>> generator(torch.randn(4, 100)).shape
         torch.Size([4, 1, 32, 32])
     """
+
+    output_is_normalised = False
 
     def __init__(
         self,
@@ -86,6 +92,41 @@ class Generator(nn.Module):
         return latents.to(weight.device)
 
 
+class DAFLGenerator(Generator):
+    """The generator of DAFL's released code, which makes normalised images.
+
+    Its convolutions have biases and the BatchNorm layers after them epsilon 0.8; tanh and a
+    BatchNorm without weights make the image: of mean 0 and variance 1 in each channel, as
+    normalised images are.
+
+    Args:
+        latent_dim: length of the latent vectors.
+        image_size: height and width of the images, a multiple of 4.
+        channels: channels of the images.
+    """
+
+    output_is_normalised = True
+
+    def __init__(self, latent_dim: int, image_size: int = 32, channels: int = 3) -> None:
+        super().__init__(latent_dim, image_size, channels)
+        size = image_size // 4
+        self.blocks = nn.Sequential(
+            nn.Unflatten(1, (128, size, size)),
+            nn.BatchNorm2d(128),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            nn.Conv2d(128, 128, 3, padding=1),
+            nn.BatchNorm2d(128, eps=0.8),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2, mode="nearest"),
+            nn.Conv2d(128, 64, 3, padding=1),
+            nn.BatchNorm2d(64, eps=0.8),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(64, channels, 3, padding=1),
+            nn.Tanh(),
+            nn.BatchNorm2d(channels, affine=False),
+        )
+
+
 GENERATORS: Registry[Callable[[int, int, int], Generator]] = Registry("generator")
 """Factories `(latent_dim, image_size, channels) -> Generator` by name."""
 
@@ -126,3 +167,12 @@ def generator_large(latent_dim: int, image_size: int = 32, channels: int = 3) ->
 def generator_tiny(latent_dim: int, image_size: int = 32, channels: int = 3) -> Generator:
     """A quarter of generator_small's width, for small grey images on a CPU."""
     return Generator(latent_dim, image_size, channels, width=16)
+
+
+@GENERATORS.register("generator_dafl")
+def generator_dafl(latent_dim: int, image_size: int = 32, channels: int = 3) -> Generator:
+    """The generator of DAFL's released code; its output is normalised already.
+
+    8,423,939 parameters at latent_dim 1000, 32x32, 3 channels.
+    """
+    return DAFLGenerator(latent_dim, image_size, channels)
