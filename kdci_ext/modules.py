@@ -80,8 +80,7 @@ class PriorCompensation(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew, uniform in +- 1 / sqrt(inputs), from PyTorch's generator."""
         for weight in self.parameters():
-            inputs = weight.shape[-1]
-            nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
+            _init_like_linear(weight)
 
     def forward(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
         """Return the compensated logits S', [B, d], of ``logits`` [B, d]."""
@@ -106,9 +105,10 @@ class PriorCompensation(nn.Module):
         if self.attention != "learned":
             _checks.finite_float("temperature", temperature, above=0)
             compensated = self._with_fixed_attention(student_logits, dictionary)
+            dtype = torch.promote_types(compensated.dtype, torch.float32)
             divergence = F.kl_div(
-                F.log_softmax(compensated.float() / temperature, 1),
-                F.log_softmax(teacher_logits.detach().float() / temperature, 1),
+                F.log_softmax(compensated.to(dtype) / temperature, 1),
+                F.log_softmax(teacher_logits.detach().to(dtype) / temperature, 1),
                 reduction="batchmean",
                 log_target=True,
             )
@@ -152,6 +152,15 @@ class KDCI(nn.Module):
     those of :class:`PriorCompensation`; the dictionary is part of the ``state_dict``. Evaluate and
     deploy the student *without* this module.
 
+    The dictionary may be that of *another* model, with :math:`d'` classes of its own (the paper's
+    Table 5). A learnable mapping matrix :math:`W_m` [d, d'] then brings its prototypes into the
+    student's logit space, :math:`z'_i = W_m z_i`, and attention and prior take :math:`z'_i`:
+
+    .. math::
+        s'_b = s_b + \textstyle\sum_i \lambda_{bi} P(z_i) W_m z_i
+
+    ``w_map`` is one more parameter of this module: its gradient comes through the prototypes.
+
     Args:
         num_classes: d, the width of the logits.
         num_prototypes: K; the paper's 8 for generators, 32 for inversion, 128 for sampled data.
@@ -162,6 +171,8 @@ class KDCI(nn.Module):
         prototypes: ``"kmeans"``, or for the ablation ``"random"``: normal draws with the features'
             column means and standard deviations.
         proportions: ``"frequency"``, or for the ablation ``"none"``: leave P(z) out.
+        dictionary_dim: d', the width of another model's logits that :meth:`update` is given; by
+            default they are the teacher's, of width d, and there is no mapping matrix.
         pca_components: See :func:`kdci_ext.functional.confounder_dictionary`.
         max_iter: Likewise.
         tol: Likewise.
@@ -194,6 +205,7 @@ class KDCI(nn.Module):
         attention: Attention = "learned",
         prototypes: Literal["kmeans", "random"] = "kmeans",
         proportions: Literal["frequency", "none"] = "frequency",
+        dictionary_dim: int | None = None,
         pca_components: int | Literal["auto"] = "auto",
         max_iter: int = 50,
         tol: float = 2e-4,
@@ -215,9 +227,15 @@ class KDCI(nn.Module):
         self.max_iter = _checks.positive_int("max_iter", max_iter)
         self.tol = _checks.finite_float("tol", tol)
         self.warm_start = warm_start
+        self.dictionary_dim = num_classes
+        self.w_map: nn.Parameter | None = None
+        if dictionary_dim is not None:
+            self.dictionary_dim = _checks.positive_int("dictionary_dim", dictionary_dim)
+            self.w_map = nn.Parameter(torch.empty(num_classes, dictionary_dim))
+            _init_like_linear(self.w_map)
         # NaN until the first update, so that a dictionary nobody built cannot pass unseen.
         nan = float("nan")
-        self.register_buffer("prototypes", torch.full((num_prototypes, num_classes), nan))
+        self.register_buffer("prototypes", torch.full((num_prototypes, self.dictionary_dim), nan))
         self.register_buffer("proportions", torch.full((num_prototypes,), nan))
         self._ready = False
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
@@ -237,7 +255,8 @@ class KDCI(nn.Module):
 
         Args:
             teacher_logits: M, [n, d] with n >= num_prototypes: one synthetic mini-batch, or all
-                sampled data.
+                sampled data. With ``dictionary_dim`` the other model's logits of the same images,
+                [n, dictionary_dim].
             generator: Source of the random draws.
 
         Returns:
@@ -248,7 +267,8 @@ class KDCI(nn.Module):
             ValueError: For a wrong shape, fewer rows than prototypes, and NaN or Inf.
         """
         _checks.tensor("teacher_logits", teacher_logits, ("n", "d"))
-        _checks.size("teacher_logits", teacher_logits, 1, self.prototypes.shape[1], "num_classes")
+        width = "num_classes" if self.w_map is None else "dictionary_dim"
+        _checks.size("teacher_logits", teacher_logits, 1, self.dictionary_dim, width)
         _checks.same_device({"kdci": self.prototypes, "teacher_logits": teacher_logits})
         found = confounder_dictionary(
             *(teacher_logits, self.num_prototypes, self.pca_components),
@@ -301,14 +321,28 @@ class KDCI(nn.Module):
             )
         # Labels and the rest concern the rows that were clustered, not the prior.
         none = self.proportions.new_empty(0)
-        return ConfounderDictionary(self.prototypes, self.proportions, none, none, none)
+        return ConfounderDictionary(self._mapped(), self.proportions, none, none, none)
+
+    def _mapped(self) -> Tensor:
+        """Return the prototypes in the student's logit space, [K, d]."""
+        if self.w_map is None:
+            return self.prototypes
+        # Under autocast too in the precision of the dictionary, as the compensation is.
+        with torch.autocast(self.prototypes.device.type, enabled=False):
+            return self.prototypes @ self.w_map.T
 
     def extra_repr(self) -> str:
         """Describe the module in its repr."""
         return (
             f"num_prototypes={self.num_prototypes}, prototypes={self.prototype_source!r}, "
-            f"proportions={self.proportion_source!r}, ready={self._ready}"
+            f"proportions={self.proportion_source!r}, dictionary_dim={self.dictionary_dim}, "
+            f"ready={self._ready}"
         )
+
+
+def _init_like_linear(weight: nn.Parameter) -> None:
+    inputs = weight.shape[-1]
+    nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
 
 
 def _note_loaded_dictionary(module: nn.Module, incompatible_keys: Any) -> None:

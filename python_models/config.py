@@ -95,8 +95,9 @@ class TrainingConfig:
     weight_decay: float = 1e-4
     """Its weight decay."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """Learning rate over the run, changed at each epoch: cosine to --lr-min, or a tenth at each of
-    --milestones."""
+    """Learning rate over the run: cosine to --lr-min, or a tenth at each of --milestones."""
+    schedule_by: Literal["epoch", "round"] = "epoch"
+    """When it changes: at each epoch, or at each round of --kd-steps."""
     lr_min: float = 0.0
     """Learning rate that the cosine ends at."""
     milestones: tuple[float, ...] = (0.4, 0.8)
@@ -127,6 +128,13 @@ class CompensationConfig:
     """Prototypes from k-means or random rows (ablation)."""
     kdci_proportions: Literal["frequency", "none"] = "frequency"
     """Proportions of the clusters, or none (ablation)."""
+    kdci_dictionary_teacher: str | None = None
+    """Another network whose logits of the images make the dictionary, given as --teacher is; a
+    learnable matrix maps its classes to the student's (ablation). By default the teacher."""
+    kdci_dictionary_weights: Path | None = None
+    """State dict of such a network that is given by its name."""
+    kdci_dictionary_dataset: str | None = None
+    """Dataset that it was trained for, where it is given by its name."""
 
 
 @dataclass(kw_only=True)
@@ -502,7 +510,7 @@ def check(config: DistillConfig[Any]) -> None:
         if is_count and name != "ep_steps" and value is not None and value < 1:
             raise UserError(f"{name}={value} must be >= 1")
         is_positive = name in ("temperature", "lr") or (name.startswith("lr_") and name != "lr_min")
-        if is_positive and not value > 0:
+        if is_positive and value is not None and not value > 0:
             raise UserError(f"{name}={value} must be > 0")
     if 0 < training.ep_steps < training.kd_steps:
         raise UserError(
@@ -512,5 +520,13 @@ def check(config: DistillConfig[Any]) -> None:
     prototypes = compensation.kdci_prototypes
     if prototypes is not None and prototypes < 1:
         raise UserError(f"kdci_prototypes={prototypes} must be >= 1")
+    other = compensation.kdci_dictionary_teacher
+    for name in ("kdci_dictionary_weights", "kdci_dictionary_dataset"):
+        if other is None and getattr(compensation, name) is not None:
+            raise UserError(
+                f"{name} belongs to a network of its own: give its name as kdci_dictionary_teacher"
+            )
+    if other is not None and not compensation.kdci:
+        raise UserError(f"kdci_dictionary_teacher={other} needs KDCI: leave it out or give --kdci")
     if config.output.resume and config.output.overwrite:
         raise UserError("resume and overwrite exclude each other: give one of them")

@@ -32,7 +32,7 @@ from python_models.checkpoint import (
     save_checkpoint,
 )
 from python_models.config import DistillConfig, check, flatten, write_yaml
-from python_models.data import LabelledData, load_labelled, load_unlabelled
+from python_models.data import LabelledData, load_labelled, load_unlabelled, to_float
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.losses import batch_norm_layers, kd_divergence
@@ -60,6 +60,8 @@ from python_models.teacher import (
 )
 
 PREVIEW_IMAGES = 64
+DICTIONARY_BATCH = 1024
+"""Images in one forward pass of another model than the teacher, for the dictionary."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Distillation:
                 num_classes=self.info.num_classes,
                 image_shape=self.info.image_shape,
                 batch_size=config.training.batch_size,
+                kd_steps=config.training.kd_steps,
+                progress=self._progress,
                 epochs=config.training.epochs,
                 device=device,
                 randomness=self.randomness,
@@ -160,9 +164,17 @@ class Distillation:
                 self.info, network=deployed.name, arguments=dict(deployed.arguments)
             )
             extra = deployed.parameters
-        self.kdci = self._build_kdci(method_class.num_prototypes)
+        other = self._load_dictionary_model()
+        # None: the teacher itself makes the dictionary.
+        self.dictionary_model = None if other is None else other.classifier.to(device)
+        self.kdci = self._build_kdci(
+            method_class.num_prototypes, None if other is None else other.info.num_classes
+        )
         self.optimizer = self._build_optimizer(extra)
         self._teacher_fingerprint = fingerprint(self.teacher)
+        self._dictionary_fingerprint = (
+            None if self.dictionary_model is None else fingerprint(self.dictionary_model)
+        )
         self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
         self.log = LossLog(device)
 
@@ -210,7 +222,31 @@ class Distillation:
         assert self.dataset is not None
         return load_labelled(self.dataset, "train", self.config.task.data_root)
 
-    def _build_kdci(self, default_prototypes: int) -> kdci_ext.KDCI | None:
+    def _load_dictionary_model(self) -> LoadedNetwork | None:
+        c = self.config.compensation
+        if c.kdci_dictionary_teacher is None:
+            return None
+        if c.kdci_dictionary_weights is not None and c.kdci_dictionary_dataset is None:
+            raise UserError(
+                f"kdci_dictionary_teacher={c.kdci_dictionary_teacher} is a network's name: give "
+                "the dataset that it was trained for as --kdci-dictionary-dataset"
+            )
+        other = load_network(
+            *(c.kdci_dictionary_teacher, c.kdci_dictionary_weights, c.kdci_dictionary_dataset),
+            *("kdci-dictionary-teacher", "kdci_dictionary_weights"),
+            data_root=self.config.task.data_root,
+        )
+        if other.info.image_shape != self.info.image_shape:
+            raise UserError(
+                f"kdci_dictionary_teacher={c.kdci_dictionary_teacher} takes images "
+                f"{list(other.info.image_shape)}, but the teacher's are "
+                f"{list(self.info.image_shape)}: give a network for images of this shape"
+            )
+        return other
+
+    def _build_kdci(
+        self, default_prototypes: int, dictionary_dim: int | None
+    ) -> kdci_ext.KDCI | None:
         c = self.config.compensation
         if not c.kdci:
             return None
@@ -224,6 +260,7 @@ class Distillation:
                 attention=c.kdci_attention,
                 prototypes=c.kdci_dictionary,
                 proportions=c.kdci_proportions,
+                dictionary_dim=dictionary_dim,
             ).to(self.device)
 
     def _build_optimizer(self, extra: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -245,7 +282,7 @@ class Distillation:
         return kd_divergence(student_logits, teacher_logits, temperature)
 
     def _update_dictionary(self, features: Tensor) -> None:
-        """Rebuild the confounder dictionary from teacher logits, with KDCI."""
+        """Rebuild the confounder dictionary from logits of its images, with KDCI."""
         if self.kdci is None:
             return
         if len(features) < self.kdci.num_prototypes:
@@ -267,8 +304,13 @@ class Distillation:
     def prepare(self) -> None:
         """Do what comes once before training; a resumed run loads its state instead."""
         features = self.method.prepare()
-        if features is not None:
-            self._update_dictionary(features)
+        if features is None:
+            return
+        if self.dictionary_model is not None:
+            chunks = torch.split(self.method.images, DICTIONARY_BATCH)
+            batches = (Batch(to_float(chunk.to(self.device))) for chunk in chunks)
+            features = torch.cat([self._dictionary_features(batch) for batch in batches])
+        self._update_dictionary(features)
 
     def advance(self) -> None:
         """Make one student step, beginning a round where one is due; in warm-up, one round."""
@@ -293,12 +335,18 @@ class Distillation:
         self.log.add(
             self.step, {f"generator_{name}": term for name, term in synthesis.losses.items()}
         )
-        if self.kdci is not None and not self.is_warming_up:
-            self._update_dictionary(self._teacher_logits(synthesis.batch))
+        if self.kdci is not None and synthesis.batch is not None and not self.is_warming_up:
+            self._update_dictionary(self._dictionary_features(synthesis.batch))
+
+    def _progress(self) -> float:
+        """Return the fraction of the run that was done when this round began."""
+        kd_steps = self.config.training.kd_steps
+        return self.step // kd_steps * kd_steps / self.total_steps
 
     def _student_step(self) -> None:
-        done = self.step // self.steps_per_epoch / self.config.training.epochs
         t = self.config.training
+        by_epoch = self.step // self.steps_per_epoch / t.epochs
+        done = self._progress() if t.schedule_by == "round" else by_epoch
         set_learning_rate(
             self.optimizer,
             learning_rate(t.schedule, t.lr, done, lr_min=t.lr_min, milestones=t.milestones),
@@ -324,10 +372,19 @@ class Distillation:
             batch.teacher_logits = self.teacher(batch.images)
         return batch.teacher_logits
 
+    @torch.no_grad()
+    def _dictionary_features(self, batch: Batch) -> Tensor:
+        """Return what the dictionary is built from: the logits of the teacher or another model."""
+        if self.dictionary_model is None:
+            return self._teacher_logits(batch)
+        logits: Tensor = self.dictionary_model(batch.images)
+        return logits
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
         return {
             "teacher": self._teacher_fingerprint,
+            "dictionary_model": self._dictionary_fingerprint,
             "round": self.round,
             "step": self.step,
             "is_round_open": self.is_round_open,
@@ -350,6 +407,11 @@ class Distillation:
             raise UserError(
                 "the teacher's weights are not those that the run began with: resume needs the "
                 "same teacher"
+            )
+        if state["dictionary_model"] != self._dictionary_fingerprint:
+            raise UserError(
+                "kdci_dictionary_teacher's weights are not those that the run began with: resume "
+                "needs the same network"
             )
         self.round, self.step = state["round"], state["step"]
         self.is_round_open = state["is_round_open"]

@@ -68,12 +68,13 @@ def activation_loss(features: Tensor) -> Tensor:
     return -features.abs().mean()
 
 
-def information_entropy_loss(logits: Tensor, base: Literal["e", "10"] = "e") -> Tensor:
-    """Negative entropy of the batch's mean prediction: all classes should occur (DAFL).
+def information_entropy_loss(logits: Tensor, base: Literal["e", "2", "10"] = "e") -> Tensor:
+    """Negative entropy of the batch's mean prediction: all classes should occur (DAFL, MosaicKD).
 
     Args:
         logits: Teacher logits, ``[b, c]``.
-        base: Base of the logarithm. DAFL's released code uses 10, the benchmark form ``e``.
+        base: Base of the logarithm. DAFL's released code uses 10, the benchmark form ``e``,
+            MosaicKD 2.
 
     Returns:
         Scalar ``sum_c m_c log m_c`` with ``m = mean_b softmax(t)``.
@@ -81,7 +82,33 @@ def information_entropy_loss(logits: Tensor, base: Literal["e", "10"] = "e") -> 
     # Clamped, since the derivative of m log m at an absent class is infinite.
     mean = F.softmax(logits, dim=1).mean(0).clamp(min=torch.finfo(logits.dtype).tiny)
     negative_entropy = (mean * mean.log()).sum()
-    return negative_entropy / math.log(10.0) if base == "10" else negative_entropy
+    return negative_entropy if base == "e" else negative_entropy / math.log(float(base))
+
+
+def mean_entropy(logits: Tensor) -> Tensor:
+    """Mean entropy of the predictions of each image: each should be of one class (MosaicKD).
+
+    Args:
+        logits: Teacher logits, ``[b, c]``.
+
+    Returns:
+        Scalar ``-1/b * sum_bc p log p``.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    return -(log_p.exp() * log_p).sum(1).mean()
+
+
+def adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Negative divergence of teacher and student: images on which they differ (MosaicKD).
+
+    Args:
+        student: Student logits, ``[b, c]``.
+        teacher: Teacher logits, ``[b, c]``; gradients flow into both.
+
+    Returns:
+        Scalar ``-1/b * sum_b KL_1(T || S)_b``.
+    """
+    return -_divergences(student, teacher).mean()
 
 
 def masked_adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -94,15 +121,32 @@ def masked_adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         Scalar ``-1/b * sum_b [argmax s_b = argmax t_b] KL_1(T || S)_b``.
     """
+    agree = student.argmax(1) == teacher.argmax(1)
+    return -(_divergences(student, teacher) * agree).mean()
+
+
+def _divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ``KL_1(T || S)_b`` of each image, with gradients into both."""
     # With the target as a logarithm: else a probability that underflows has the gradient 0/0.
-    divergence = F.kl_div(
+    return F.kl_div(
         F.log_softmax(student, dim=1),
         F.log_softmax(teacher, dim=1),
         reduction="none",
         log_target=True,
     ).sum(1)
-    agree = student.argmax(1) == teacher.argmax(1)
-    return -(divergence * agree).mean()
+
+
+def patch_loss(logits: Tensor, *, real: bool) -> Tensor:
+    """Cross-entropy of a patch discriminator: summed over the patches, mean over images (MosaicKD).
+
+    Args:
+        logits: One for each patch, positive for real, ``[b, 1, h, w]``.
+        real: Whether the patches should be taken as real ones.
+
+    Returns:
+        Scalar ``1/b * sum_bhw log(1 + exp(-l))`` for real ones, with ``exp(l)`` for others.
+    """
+    return F.softplus(-logits if real else logits).sum() / len(logits)
 
 
 def batch_norm_layers(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A task so small that a whole run takes a moment: 4 classes of grey images, LeNet teachers."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from python_models.checkpoint import NetworkInfo, export_network
 from python_models.config import DistillConfig, distill_config
@@ -89,6 +91,14 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
         "ep_steps": 4,
         "kd_steps": 2,
     },
+    "mosaickd": {
+        "unlabelled": "wild.npz",
+        "select": 30,
+        "generator": "generator_tiny",
+        "latent_dim": 8,
+        "discriminator": "discriminator_tiny",
+        "kd_steps": 2,
+    },
     "dfnd": {"unlabelled": "wild.npz", "select": 30, "epochs": 3},
     "noise": {"ep_steps": 4, "kd_steps": 2},
 }
@@ -106,3 +116,21 @@ def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:
     assert config.task.teacher is not None
     teacher = load_network(config.task.teacher, None, None)
     return Distillation(config, teacher, torch.device("cpu"))
+
+
+def in_double(run: Distillation) -> Distillation:
+    """Bring all networks of a run to float64; images and losses follow."""
+    modules = [run.teacher, run.student, *run.method.parts.values()]
+    for module in modules:
+        if isinstance(module, nn.Module):
+            module.double()
+    return run
+
+
+def resumed(run: Distillation, again: Distillation) -> Distillation:
+    """Give a run's state to another one, by way of a file that holds no code."""
+    file = io.BytesIO()
+    torch.save(run.state_dict(), file)
+    file.seek(0)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    return again

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from python_models.data import LabelledData
-from python_models.networks import Classifier
+from python_models.networks import Classifier, Generator, build_generator
 from python_models.randomness import Randomness
 from python_models.registry import Registry
 
@@ -61,7 +61,10 @@ class Context:
         num_classes: Number of logits.
         image_shape: ``(channels, height, width)``.
         batch_size: Images in a student step.
+        kd_steps: Student steps in a round.
         epochs: Epochs of the run.
+        progress: Fraction of the run that was done when the round began, in [0, 1): what a schedule
+            by rounds takes.
         device: Where all tensors live.
         randomness: Source of random streams.
         load_unlabelled: Reads the images of a sampling method, uint8 ``[n, c, h, w]`` on the CPU.
@@ -73,7 +76,9 @@ class Context:
     num_classes: int
     image_shape: tuple[int, int, int]
     batch_size: int
+    kd_steps: int
     epochs: int
+    progress: Callable[[], float]
     device: torch.device
     randomness: Randomness
     load_unlabelled: Callable[[], Tensor]
@@ -117,11 +122,12 @@ class Synthesis:
     """Result of a generator phase.
 
     Attributes:
-        batch: One synthetic mini-batch, which the dictionary is built from.
+        batch: One synthetic mini-batch, which the dictionary is built from; None where that is
+            built once and stays.
         losses: Weighted terms of the generator's loss at its last step, detached.
     """
 
-    batch: Batch
+    batch: Batch | None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -140,6 +146,7 @@ class Method(ABC, Generic[SettingsT]):
 
     Attributes:
         parts: What a checkpoint must hold, by name; filled by subclasses.
+        images: What a sampling method selected, uint8 ``[n, c, h, w]``, after `prepare`.
     """
 
     summary: ClassVar[str]
@@ -150,6 +157,8 @@ class Method(ABC, Generic[SettingsT]):
     needs_labels: ClassVar[bool] = False
     needs_batch_norm: ClassVar[bool] = False
     needs_features: ClassVar[tuple[Literal["teacher", "student"], ...]] = ()
+
+    images: Tensor
 
     def __init__(self, settings: SettingsT, context: Context) -> None:
         self.settings = settings
@@ -249,6 +258,24 @@ def backward_into(loss: Tensor, *targets: nn.Module | Tensor) -> None:
     for target in targets:
         inputs.extend(target.parameters() if isinstance(target, nn.Module) else [target])
     torch.autograd.backward(loss, inputs=inputs)
+
+
+def build_image_generator(name: str, latent_dim: int, context: Context) -> Generator:
+    """Build a method's generator on the run's device, from the stream of random numbers for it."""
+    channels, size, _ = context.image_shape
+    with context.randomness.initialising("generator"):
+        generator = build_generator(name, latent_dim, size, channels)
+    return on_device(generator, context.device)
+
+
+def generate(generator: Generator, latents: Tensor, teacher: Classifier) -> Tensor:
+    """Return a generator's images as ones in [0, 1], whatever it makes.
+
+    Those of a generator of normalised images are normalised in the teacher's way, and may leave the
+    interval.
+    """
+    images: Tensor = generator(latents)
+    return teacher.denormalise(images) if generator.output_is_normalised else images
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:

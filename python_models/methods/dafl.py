@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """DAFL: Data-Free Learning of Student Networks (Chen et al., ICCV 2019).
 
-The alternating form that later work benchmarks: a generator ``x = G(z)``, ``z ~ N(0, I)``, that
-learns from the teacher alone (logits ``t``, penultimate features ``f``), by Adam on
+A generator ``x = G(z)``, ``z ~ N(0, I)``, learns from the teacher alone (logits ``t``, penultimate
+features ``f``), by Adam on
 
-    oh * mean CE(t, argmax t) - act * mean |f| + ie * sum_c m_c log m_c,    m = mean_b softmax(t),
+    oh * mean CE(t, argmax t) - act * mean |f| + ie * sum_c m_c log m_c,    m = mean_b softmax(t).
 
-then student steps on fresh images of the generator in eval mode. Logarithms are natural by default;
-the authors' own code takes base 10 and other weights (0.05, 0.01 and 5 on CIFAR-10).
+``--form joint`` is the authors' released code: every step makes one batch ``x``, adds to this the
+student's KL_T(T || S) on the detached ``x``, and after one backward pass updates the generator (in
+train mode throughout; Adam with its default betas) and the student. Its logarithm has base 10, its
+generator (generator_dafl) makes normalised images. With KDCI the dictionary is that of each round's
+first batch: of every step's, with ``--kd-steps 1``.
+
+``--form alternating``, the default, is what later work and KDCI's paper benchmark: generator steps
+(betas 0.5 and 0.999, natural logarithm), then student steps on fresh images of the generator in
+eval mode, the first batch of which makes the dictionary. The presets hold each form's settings; the
+paper's weights (act 0.001, ie 20) belong to the alternating form.
 """
 
 from __future__ import annotations
@@ -23,29 +31,32 @@ from python_models.methods.base import (
     METHODS,
     Batch,
     Context,
+    Divergence,
     Method,
     Synthesis,
     backward_into,
-    on_device,
+    build_image_generator,
+    generate,
     total,
 )
-from python_models.networks import build_generator
 
 
 @dataclass(kw_only=True)
 class DAFLSettings:
     """Settings of DAFL."""
 
+    form: Literal["alternating", "joint"] = "alternating"
+    """Generator steps and student steps in turn, or both at once as in the authors' code."""
     g_steps: int = 1
-    """Generator steps in a round."""
+    """Generator steps in a round (alternating)."""
     lr_g: float = 1e-3
-    """Learning rate of the generator (Adam, betas 0.5 and 0.999)."""
+    """Learning rate of the generator (Adam)."""
     generator: str = "generator_large"
     """Name of the generator (see: kdci list generators)."""
     latent_dim: int = 512
     """Length of the latent vectors."""
     synthesis_batch_size: int = 256
-    """Images in a generator step."""
+    """Images in a generator step (alternating; a joint step has --batch-size of them)."""
     oh: float = 1.0
     """Weight of the one-hot term."""
     act: float = 1e-3
@@ -68,26 +79,28 @@ class DAFL(Method[DAFLSettings]):
 
     def __init__(self, settings: DAFLSettings, context: Context) -> None:
         super().__init__(settings, context)
-        channels, size, _ = context.image_shape
-        with context.randomness.initialising("generator"):
-            generator = build_generator(settings.generator, settings.latent_dim, size, channels)
-        self.generator = on_device(generator, context.device)
+        self.is_joint = settings.form == "joint"
+        self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
         self.optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=settings.lr_g, betas=(0.5, 0.999)
+            self.generator.parameters(),
+            lr=settings.lr_g,
+            betas=(0.9, 0.999) if self.is_joint else (0.5, 0.999),
         )
         self.parts = {"generator": self.generator, "optimizer": self.optimizer}
         self._latents = context.randomness.on_device("latents")
         self._fresh: Batch | None = None
+        self._terms: dict[str, Tensor] = {}
 
     def begin_round(self, index: int) -> Synthesis:
-        """Train the generator, then draw the round's first mini-batch from it."""
+        """Train the generator (alternating), then draw the round's first mini-batch from it."""
+        if self.is_joint:
+            self._fresh = self._joint_batch()
+            return Synthesis(self._fresh)
         self.generator.train()
         terms: dict[str, Tensor] = {}
         for _ in range(self.settings.g_steps):
-            latents = self.generator.sample_latents(
-                self.settings.synthesis_batch_size, self._latents
-            )
-            terms = self.generator_losses(self.generator(latents))
+            features = self.teacher.features(self._generate(self.settings.synthesis_batch_size))
+            terms = self.generator_losses(features, self.teacher.classify(features))
             self.optimizer.zero_grad()
             backward_into(total(terms), self.generator)
             self.optimizer.step()
@@ -96,10 +109,17 @@ class DAFL(Method[DAFLSettings]):
             self._fresh = Batch(images, self.teacher(images))
         return Synthesis(self._fresh, {name: term.detach() for name, term in terms.items()})
 
-    def generator_losses(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the weighted terms of the generator's loss for its images."""
-        features = self.teacher.features(images)
-        logits = self.teacher.classify(features)
+    def _generate(self, count: int) -> Tensor:
+        latents = self.generator.sample_latents(count, self._latents)
+        return generate(self.generator, latents, self.teacher)
+
+    def generator_losses(self, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms of the generator's loss.
+
+        Args:
+            features: The teacher's penultimate vectors of generated images, ``[b, d]``.
+            logits: Its logits of them, ``[b, c]``.
+        """
         s = self.settings
         return {
             "oh": s.oh * losses.one_hot_loss(logits),
@@ -110,21 +130,36 @@ class DAFL(Method[DAFLSettings]):
     def next_batch(self) -> Batch:
         """Return fresh images; the first ones of a round are those of the dictionary."""
         batch, self._fresh = self._fresh, None
-        return batch if batch is not None else Batch(self._sample())
+        if batch is not None:
+            return batch
+        return self._joint_batch() if self.is_joint else Batch(self._sample())
+
+    def _joint_batch(self) -> Batch:
+        """Make the images of a joint step, and keep the generator's loss for it."""
+        self.generator.train()
+        images = self._generate(self.context.batch_size)
+        features = self.teacher.features(images)
+        logits = self.teacher.classify(features)
+        self._terms = self.generator_losses(features, logits)
+        return Batch(images.detach(), logits.detach())
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
         self.generator.eval()  # also when a resumed run begins within a round
-        latents = self.generator.sample_latents(self.context.batch_size, self._latents)
-        images: Tensor = self.generator(latents)
-        return images
+        return self._generate(self.context.batch_size)
+
+    def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
+        """Return the student's loss, in the joint form together with the generator's."""
+        terms, self._terms = self._terms, {}
+        return {**super().student_losses(batch, divergence), **terms}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the generator's optimiser in the joint form."""
+        return [self.optimizer] if self.is_joint else []
 
     @torch.no_grad()
     def preview(self, count: int) -> Tensor:
         """Return images of latents that are the same in every picture."""
         self.generator.eval()
-        latents = torch.randn(
-            count, self.settings.latent_dim, generator=torch.Generator().manual_seed(0)
-        )
-        images: Tensor = self.generator(latents.to(self.context.device))
-        return images
+        latents = self.generator.sample_latents(count, torch.Generator().manual_seed(0))
+        return generate(self.generator, latents, self.teacher)

@@ -103,6 +103,7 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
     Settings = DeepInversionSettings
     defaults: ClassVar = {"kd_steps": 400, "temperature": 20.0, "lr": 0.1, "weight_decay": 1e-4}
     num_prototypes = 32
+    needs_batch_norm = True
 
     def __init__(self, settings: DeepInversionSettings, context: Context) -> None:
         super().__init__(settings, context)

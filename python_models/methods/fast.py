@@ -12,13 +12,19 @@ round counter runs ahead, starts it and resets the first layers one round earlie
 the lowest loss go to a pool on the device, and the student learns from random batches of the pool.
 The meta-generator then takes one Adam step of rate ``lr_g * g_steps`` along the sum of the inner
 gradients (first-order MAML) or towards the copy (Reptile: gradient 67 (meta - copy)).
+
+The released code for ImageNet shares one batch of latents among 50 rounds and learns it as it
+learns the generator: ``--meta reptile --redraw-z-every 50``, with ``--lr-g-meta`` and
+``--lr-z-meta``. (Its first-order MAML adds the latents themselves in place of their gradient; here
+it is the gradient.)
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +38,10 @@ from python_models.methods.base import (
     Method,
     Synthesis,
     backward_into,
-    on_device,
+    build_image_generator,
+    generate,
     total,
 )
-from python_models.networks import build_generator
 
 REPTILE_GAIN = 67.0
 """Factor of the Reptile gradient in the released code."""
@@ -53,6 +59,13 @@ class FastSettings:
     """Learning rate of the latents."""
     meta: Literal["fomaml", "reptile", "none"] = "fomaml"
     """How the generator learns across rounds; none: it is simply trained on."""
+    lr_g_meta: float | None = None
+    """Learning rate of the meta-generator; by default --lr-g times --g-steps."""
+    redraw_z_every: int = 1
+    """Rounds that share one batch of latents, which is then learned across them as the generator
+    is; 1: each round draws its own."""
+    lr_z_meta: float = 5e-3
+    """Learning rate of shared latents across rounds."""
     generator: str = "generator_small"
     """Name of the generator (see: kdci list generators)."""
     latent_dim: int = 256
@@ -95,15 +108,16 @@ class Fast(Method[FastSettings]):
 
     def __init__(self, settings: FastSettings, context: Context) -> None:
         super().__init__(settings, context)
-        channels, size, _ = context.image_shape
-        with context.randomness.initialising("generator"):
-            generator = build_generator(settings.generator, settings.latent_dim, size, channels)
-        self.generator = on_device(generator, context.device)
-        self.optimizer = torch.optim.Adam(
-            self.generator.parameters(),
-            lr=settings.lr_g * settings.g_steps,
-            betas=(0.5, 0.999),
-        )
+        self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
+        lr_g_meta = settings.lr_g_meta or settings.lr_g * settings.g_steps
+        groups: list[dict[str, Any]] = [{"params": self.generator.parameters(), "lr": lr_g_meta}]
+        self.latents: nn.Parameter | None = None
+        if settings.redraw_z_every > 1:
+            # Zeros until the first round draws them.
+            zeros = torch.zeros_like(self._draw_latents(torch.Generator(context.device)))
+            self.latents = nn.Parameter(zeros)
+            groups.append({"params": [self.latents], "lr": settings.lr_z_meta})
+        self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
         self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum)
         self.pool = ImagePool(
             settings.pool_size, context.image_shape, context.device, settings.pool_storage
@@ -131,7 +145,7 @@ class Fast(Method[FastSettings]):
         inner = self.generator if s.meta == "none" else copy.deepcopy(self.generator)
         inner.train()
         self.student.eval()
-        latents = inner.sample_latents(s.synthesis_batch_size, stream).requires_grad_()
+        latents = self._start_latents(index)
         targets = torch.randint(
             self.context.num_classes,
             (s.synthesis_batch_size,),
@@ -151,7 +165,7 @@ class Fast(Method[FastSettings]):
         best_images = latents.new_zeros(s.synthesis_batch_size, *self.context.image_shape)
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
-            images = inner(latents)
+            images = generate(inner, latents, self.teacher)
             terms = self.generator_losses(
                 self.augment(images, stream), targets, adversarial=index >= s.warmup
             )
@@ -162,15 +176,40 @@ class Fast(Method[FastSettings]):
             optimizer.zero_grad()
             backward_into(loss, inner, latents)
             if s.meta == "fomaml":
-                _add_gradients(self.generator, inner)
+                _add_gradients(self._learned(), self._learned(inner, latents))
             optimizer.step()
         self.statistics.update_average()
         if s.meta == "reptile":
-            _set_reptile_gradients(self.generator, inner)
+            _set_reptile_gradients(self._learned(), self._learned(inner, latents))
         if s.meta != "none":
             self.optimizer.step()
         self.pool.add(best_images)
         return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
+
+    def _draw_latents(self, stream: torch.Generator) -> Tensor:
+        return self.generator.sample_latents(self.settings.synthesis_batch_size, stream)
+
+    def _start_latents(self, index: int) -> Tensor:
+        """Return the latents that a round begins with and improves."""
+        if self.latents is None:
+            return self._draw_latents(self._synthesis_stream).requires_grad_()
+        if index % self.settings.redraw_z_every == 0:
+            with torch.no_grad():
+                self.latents.copy_(self._draw_latents(self._synthesis_stream))
+            # Moments of the old latents mean nothing for new ones.
+            self.optimizer.state.pop(self.latents, None)
+        if self.settings.meta == "none":
+            return self.latents
+        return self.latents.detach().clone().requires_grad_()
+
+    def _learned(
+        self, generator: nn.Module | None = None, latents: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return what is learned across rounds: the method's own, or a round's copy of it."""
+        parameters = list[Tensor]((generator or self.generator).parameters())
+        if self.latents is not None:
+            parameters.append(self.latents if latents is None else latents)
+        return parameters
 
     def generator_losses(
         self, images: Tensor, targets: Tensor, *, adversarial: bool
@@ -208,15 +247,27 @@ class Fast(Method[FastSettings]):
         """Return images of the pool."""
         return self.pool.sample(count, torch.Generator().manual_seed(0))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all parts and the shared latents."""
+        latents = None if self.latents is None else self.latents.detach().clone()
+        return {**super().state_dict(), "latents": latents}
 
-def _add_gradients(to: nn.Module, source: nn.Module) -> None:
-    for target, parameter in zip(to.parameters(), source.parameters(), strict=True):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state)
+        if self.latents is not None:
+            with torch.no_grad():
+                self.latents.copy_(state["latents"])
+
+
+def _add_gradients(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    for target, parameter in zip(to, source, strict=True):
         assert parameter.grad is not None
         target.grad = (
             parameter.grad.clone() if target.grad is None else target.grad + parameter.grad
         )
 
 
-def _set_reptile_gradients(meta: nn.Module, inner: nn.Module) -> None:
-    for target, parameter in zip(meta.parameters(), inner.parameters(), strict=True):
+def _set_reptile_gradients(meta: Sequence[Tensor], inner: Sequence[Tensor]) -> None:
+    for target, parameter in zip(meta, inner, strict=True):
         target.grad = REPTILE_GAIN * (target.detach() - parameter.detach())

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast: its generator's loss by hand, momentum of statistics, meta-learning, latents and pool."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_task import in_double, make_task, resumed, start
+from torch import Tensor, nn
+
+from python_models.config import distill_config
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> dict[str, Any]:
+    return make_task(tmp_path)
+
+
+def batch_norm_inputs(network: nn.Module, images: Tensor) -> list[tuple[nn.BatchNorm2d, Tensor]]:
+    seen: list[tuple[nn.BatchNorm2d, Tensor]] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda m, x: seen.append((m, x[0])))
+        for layer in network.modules()
+        if isinstance(layer, nn.BatchNorm2d)
+    ]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_every_term_of_two_rounds(task: dict[str, Any]) -> None:
+    """Sampled classes, augmented images, statistics averaged over rounds from the second one on,
+    and an adversarial term only after warm-up; float64, by hand.
+    """
+    settings = {"bn": 3.0, "oh": 0.5, "adv": 2.0, "bn_momentum": 0.9, "warmup": 1, "g_steps": 2}
+    run = in_double(start(task, "fast", kdci=False, **settings))
+    method: Any = run.method
+    calls: list[tuple[Tensor, Tensor, bool, dict[str, Tensor]]] = []
+    original = method.generator_losses
+
+    def record(images: Tensor, targets: Tensor, *, adversarial: bool) -> dict[str, Tensor]:
+        terms = original(images, targets, adversarial=adversarial)
+        calls.append((images, targets, adversarial, terms))
+        return terms
+
+    method.generator_losses = record
+    for index in range(2):
+        run.student.train()
+        method.begin_round(index)
+        assert not run.student.training
+    assert [adversarial for *_, adversarial, _ in calls] == [False, False, True, True]
+
+    average: list[tuple[Tensor, Tensor]] = []
+    for call, (x, y, adversarial, found) in enumerate(calls):
+        t, s = run.teacher(x), run.student(x)
+        p = t.softmax(1)
+        expected = {"oh": -0.5 * p[torch.arange(10), y].log().sum() / 10}
+        bn = torch.zeros((), dtype=torch.float64)
+        inputs = batch_norm_inputs(run.teacher, x)
+        assert len(inputs) == 3
+        moments = [(h.mean((0, 2, 3)), h.var((0, 2, 3), correction=0)) for _, h in inputs]
+        for layer, (norm, _) in enumerate(inputs):
+            u, v = moments[layer]
+            if call >= 2:  # the first round's last batch is the average so far
+                u, v = 0.1 * u + 0.9 * average[layer][0], 0.1 * v + 0.9 * average[layer][1]
+            bn = bn + (norm.running_mean - u).square().sum().sqrt()
+            bn = bn + (norm.running_var - v).square().sum().sqrt()
+        expected["bn"] = 3.0 * bn
+        if adversarial:
+            agree = (t.argmax(1) == s.argmax(1)).double()
+            kl = (p * (p.log() - s.softmax(1).log())).sum(1)
+            expected["adv"] = -2.0 * (agree * kl).sum() / 10
+        assert set(found) == set(expected)
+        for name, term in expected.items():
+            assert found[name].item() == pytest.approx(term.item(), rel=1e-6), (call, name)
+        if call == 1:
+            average = moments
+    # The same classes and latents within a round, others in the next.
+    assert torch.equal(calls[0][1], calls[1][1])
+    assert not torch.equal(calls[1][1], calls[2][1])
+
+
+def test_the_running_averages_are_of_the_last_inner_steps(task: dict[str, Any]) -> None:
+    """A u' + (1 - a) u, once a round."""
+    run = in_double(start(task, "fast", kdci=False, bn_momentum=0.9))
+    method: Any = run.method
+    lasts: list[Tensor] = []
+    original = method.generator_losses
+    method.generator_losses = lambda x, *a, **k: (lasts.append(x), original(x, *a, **k))[1]
+    expected = None
+    for index in range(3):
+        method.begin_round(index)
+        mean = batch_norm_inputs(run.teacher, lasts[-1])[0][1].mean((0, 2, 3))
+        expected = mean if expected is None else 0.9 * expected + 0.1 * mean
+        found = method.statistics.state_dict()["mean"][0]
+        torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_student_learns_by_kl_at_the_temperature(task: dict[str, Any]) -> None:
+    run = in_double(start(task, "fast", kdci=False, temperature=20.0, warmup=0))
+    method: Any = run.method
+    method.begin_round(0)
+    batch = method.next_batch()
+    batch.images = batch.images.double()
+    run._teacher_logits(batch)
+    run.student.train()
+    student = copy.deepcopy(run.student)
+    found = method.student_losses(batch, run._divergence)
+    p, q = ((net(batch.images) / 20).softmax(1) for net in (run.teacher, student))
+    expected = 400 * (p * (p.log() - q.log())).sum() / 12
+    assert found["kd"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("meta", ["fomaml", "reptile", "none"])
+def test_meta_step(meta: str, task: dict[str, Any]) -> None:
+    run = start(task, "fast", meta=meta, g_steps=3)
+    method: Any = run.method
+    before = [p.detach().clone() for p in method.generator.parameters()]
+    inner_gradients: list[list[Tensor]] = []
+    inner_weights: list[Tensor] = []
+    original_step = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *args: Any) -> Any:
+        if self is not method.optimizer:
+            group = self.param_groups[0]["params"]
+            inner_gradients.append([p.grad.clone() for p in group])
+        result = original_step(self, *args)
+        if self is not method.optimizer:
+            inner_weights[:] = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        return result
+
+    torch.optim.Adam.step = step  # type: ignore[method-assign, assignment]
+    try:
+        method.begin_round(0)
+    finally:
+        torch.optim.Adam.step = original_step  # type: ignore[method-assign]
+    after = list(method.generator.parameters())
+    if meta == "none":
+        assert all(torch.equal(a, b) for a, b in zip(after, inner_weights, strict=True))
+        return
+    assert method.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * 3)
+    for i, parameter in enumerate(after):
+        if meta == "fomaml":
+            expected = sum(gradients[i] for gradients in inner_gradients)
+        else:
+            expected = 67.0 * (before[i] - inner_weights[i])
+        torch.testing.assert_close(parameter.grad, expected)
+        assert not torch.equal(parameter, before[i])
+
+
+def test_the_pool_keeps_the_images_of_the_lowest_loss(
+    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(task, "fast", g_steps=4, lr_g=0.5, lr_z=5.0, crop=0, flip=False)
+    method: Any = run.method
+    tried: list[tuple[float, Tensor]] = []
+    original = method.generator_losses
+
+    def record(images: Tensor, *args: Any, **kwargs: Any) -> Any:
+        terms = original(images, *args, **kwargs)
+        tried.append((sum(term.item() for term in terms.values()), images.detach().clone()))
+        return terms
+
+    monkeypatch.setattr(method, "generator_losses", record)
+    synthesis = method.begin_round(0)
+    best = min(tried, key=lambda pair: pair[0])[1]
+    assert torch.equal(synthesis.batch.images, best)
+    assert len(method.pool) == 10
+
+
+def test_the_first_layers_are_reset_once(task: dict[str, Any]) -> None:
+    run = start(task, "fast", warmup=0, reset_after=1, meta="reptile", lr_g=1e-9)
+    method: Any = run.method
+    stems = []
+    for index in range(3):
+        method.begin_round(index)
+        stems.append(method.generator.stem.weight.detach().clone())
+    assert (stems[1] - stems[0]).abs().max() > 0.01
+    assert stems[1].std().item() == pytest.approx(0.02, rel=0.1)
+    torch.testing.assert_close(stems[1], stems[2], atol=1e-4, rtol=0)
+
+
+# -- latents that rounds share -----------------------------------------------
+
+SHARED = {"redraw_z_every": 3, "warmup": 0, "g_steps": 3, "lr_g_meta": 1e-4, "lr_z_meta": 5e-3}
+
+
+def inner_runs(method: Any, rounds: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
+    """Return of each round the latents before, their inner gradients, and the latents after."""
+    seen: list[tuple[Tensor, list[Tensor], Tensor]] = []
+    original_step = torch.optim.Adam.step
+
+    def step(self: torch.optim.Adam, *args: Any) -> Any:
+        if self is method.optimizer:
+            return original_step(self, *args)
+        (latents,) = self.param_groups[1]["params"]
+        if not self.state:
+            seen.append((latents.detach().clone(), [], latents))
+        seen[-1][1].append(latents.grad.clone())
+        return original_step(self, *args)
+
+    torch.optim.Adam.step = step  # type: ignore[method-assign, assignment]
+    try:
+        for index in range(rounds):
+            method.begin_round(index)
+    finally:
+        torch.optim.Adam.step = original_step  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("meta", ["fomaml", "reptile"])
+def test_shared_latents_are_learned_as_the_generator_is(meta: str, task: dict[str, Any]) -> None:
+    """Each round begins with the method's latents; Adam moves those along the sum of the inner
+    gradients or towards the inner result; a redraw forgets them and Adam's moments of them.
+    """
+    run = start(task, "fast", meta=meta, **SHARED)
+    method: Any = run.method
+    assert [group["lr"] for group in method.optimizer.param_groups] == [1e-4, 5e-3]
+    starts, stepped = [], []
+    for index in range(4):
+        ((begun, gradients, ended),) = inner_runs_from(method, index)
+        starts.append(begun)
+        stepped.append(method.latents.detach().clone())
+        expected = sum(gradients) if meta == "fomaml" else 67.0 * (begun - ended.detach())
+        torch.testing.assert_close(method.latents.grad, expected)
+        assert not torch.equal(begun, stepped[-1])
+        assert method.optimizer.state[method.latents]["step"].item() == (index % 3) + 1
+    assert torch.equal(starts[1], stepped[0])
+    assert torch.equal(starts[2], stepped[1])
+    # Adam's steps are of about its learning rate; a redraw is not.
+    assert (starts[2] - starts[1]).abs().max() < 0.02
+    assert (starts[3] - stepped[2]).abs().max() > 0.5
+
+
+def inner_runs_from(method: Any, index: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
+    original = method.begin_round
+    method.begin_round = lambda _: original(index)
+    try:
+        return inner_runs(method, 1)
+    finally:
+        method.begin_round = original
+
+
+def test_shared_latents_without_meta_learning_are_trained_on(task: dict[str, Any]) -> None:
+    run = start(task, "fast", meta="none", **SHARED)
+    method: Any = run.method
+    method.begin_round(0)
+    after = method.latents.detach().clone()
+    ((begun, _, _),) = inner_runs_from(method, 1)
+    assert torch.equal(begun, after)
+    assert not torch.equal(method.latents, after)
+
+
+def test_latents_of_its_own_for_each_round_by_default(task: dict[str, Any]) -> None:
+    run = start(task, "fast")
+    method: Any = run.method
+    assert method.latents is None
+    first, second = inner_runs(method, 2)
+    assert (first[0] - second[0]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("meta", ["fomaml", "reptile", "none"])
+def test_a_run_with_shared_latents_goes_on_alike(meta: str, task: dict[str, Any]) -> None:
+    settings = {**SHARED, "meta": meta, "kd_steps": 1}
+    whole = start(task, "fast", **settings)
+    while whole.step < 2:
+        whole.advance()
+    again = resumed(whole, start(task, "fast", **settings))
+    for run in (whole, again):
+        while run.step < 6:
+            run.advance()
+    for one, other in zip(whole.student.parameters(), again.student.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_released_settings() -> None:
+    """Inner steps and their learning rates, and the weights of each pair of networks."""
+    table = {"g2": (2, 5e-3, 0.015), "g5": (5, 3e-3, 0.01), "g10": (10, 2e-3, 0.01)}
+    for name, expected in table.items():
+        config = distill_config(preset=f"fast-official-{name}")
+        s, t = config.settings, config.training
+        assert (s.g_steps, s.lr_g, s.lr_z) == expected
+        assert (s.meta, s.bn_momentum, s.warmup, s.reset_l0, s.reset_after) == (
+            *("fomaml", 0.9, 20, True, 120),
+        )
+        assert (t.lr, t.lr_min, t.weight_decay, t.momentum) == (0.2, 2e-4, 1e-4, 0.9)
+        assert (t.temperature, t.batch_size, t.epochs, t.ep_steps) == (20.0, 256, 200, 400)
