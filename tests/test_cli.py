@@ -78,7 +78,9 @@ def test_help_lists_the_options_of_the_chosen_method(capsys: pytest.CaptureFixtu
     assert "--lr-g" not in text
 
 
-@pytest.mark.parametrize("kind", ["methods", "networks", "generators", "datasets", "presets"])
+@pytest.mark.parametrize(
+    "kind", ["methods", "networks", "generators", "discriminators", "datasets", "presets"]
+)
 def test_list(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", kind]) == 0
     one = capsys.readouterr().out
@@ -89,6 +91,7 @@ def test_list(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
         "methods": "dafl",
         "networks": "wrn40_2",
         "generators": "generator_large",
+        "discriminators": "discriminator_patch",
         "datasets": "fashion-mnist",
         "presets": "demo-fashion",
     }

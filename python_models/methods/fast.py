@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from python_models import losses
 from python_models.data import ImagePool, RandomCropFlip
+from python_models.errors import UserError
 from python_models.methods.base import (
     METHODS,
     Batch,
@@ -98,6 +99,11 @@ class Fast(Method[FastSettings]):
         channels, size, _ = context.image_shape
         with context.randomness.initialising("generator"):
             generator = build_generator(settings.generator, settings.latent_dim, size, channels)
+        if generator.output_is_normalised:
+            raise UserError(
+                f"generator={settings.generator} makes normalised images, but fast augments and "
+                "stores images in [0, 1]: choose another (see `kdci list generators`)"
+            )
         self.generator = on_device(generator, context.device)
         self.optimizer = torch.optim.Adam(
             self.generator.parameters(),
@@ -189,12 +195,13 @@ class Fast(Method[FastSettings]):
         return terms
 
     def _reset_first_layers(self) -> None:
-        """Draw the first linear and the first BatchNorm layer from the initial distribution."""
+        """Draw the first layer and the first BatchNorm layer from the initial distribution."""
         modules = list(self.generator.modules())
-        linear = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
+        # Latents that are maps begin with a convolution.
+        first = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
         norm = next(m for m in modules if isinstance(m, nn.BatchNorm2d))
         with self.context.randomness.initialising("reset"):
-            for layer in (linear, norm):
+            for layer in (first, norm):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
