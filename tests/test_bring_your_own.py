@@ -344,6 +344,7 @@ def test_arguments_in_a_file_are_a_mapping(tmp_path: Path) -> None:
         ("own_nets:Nett", {}, "own_nets has no Nett"),
         ("own_nets:number", {}, "must be a class or a function, got 3"),
         ("folder/own_nets.py:Net", {}, "for Net in folder/file.py, change to that folder"),
+        ("own_nets.py:Net", {}, "for Net in folder/file.py, change to that folder"),
         ("own_nets:", {}, "must be package.module:callable"),
         ("own_nets:Net", {"depth": 2}, r"unexpected keyword argument 'depth'; .*Net\(n_classes=4"),
         ("own_nets:broken", {}, "own_nets:broken cannot be made: RuntimeError: no luck"),
@@ -491,6 +492,18 @@ def test_methods_without_the_need_run_on_logits_alone(
         step(task, method)
     listed = str(caught.value).split("logits alone (")[1].split(")")[0].split(", ")
     assert listed == [name for name in METHODS if not METHODS.get(name).needs_features]
+
+
+def test_fast_takes_generators_of_maps_but_none_of_normalised_images(task: dict[str, Any]) -> None:
+    """With latents that are maps it makes, stores and resets as with vectors."""
+    values = {"generator": "generator_imagenet", "latent_dim": 4, "reset_after": 0}
+    teacher = load_network("teacher.safetensors", None, None)
+    run = Distillation(tiny_config(task, "fast", **values), teacher, torch.device("cpu"))
+    while run.step == 0:
+        run.advance()
+    values["generator"] = "generator_dafl"
+    with pytest.raises(UserError, match="generator=generator_dafl makes normalised images"):
+        Distillation(tiny_config(task, "fast", **values), teacher, torch.device("cpu"))
 
 
 def test_the_vector_before_the_last_layer_of_any_module(own: Any) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from python_models import losses
 from python_models.data import ImagePool, RandomCropFlip
+from python_models.errors import UserError
 from python_models.methods.base import (
     METHODS,
     Batch,
@@ -228,12 +229,13 @@ class Fast(Method[FastSettings]):
         return terms
 
     def _reset_first_layers(self) -> None:
-        """Draw the first linear and the first BatchNorm layer from the initial distribution."""
+        """Draw the first layer and the first BatchNorm layer from the initial distribution."""
         modules = list(self.generator.modules())
-        linear = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
+        # Latents that are maps begin with a convolution.
+        first = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
         norm = next(m for m in modules if isinstance(m, nn.BatchNorm2d))
         with self.context.randomness.initialising("reset"):
-            for layer in (linear, norm):
+            for layer in (first, norm):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)

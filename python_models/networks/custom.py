@@ -57,7 +57,8 @@ def import_factory(spec: str) -> Factory:
         UserError: if it cannot be imported or called, or may not be within `names_from`.
     """
     module_name, _, attribute = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
+    parts = (*module_name.split("."), *attribute.split("."))
+    if not all(part.isidentifier() for part in parts) or module_name.endswith(".py"):
         raise UserError(
             f"network {spec!r} must be package.module:callable, as Python would import it: for "
             "Net in folder/file.py, change to that folder and write file:Net"
