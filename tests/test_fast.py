@@ -84,7 +84,7 @@ def test_every_term_of_two_rounds(task: dict[str, Any]) -> None:
 
 
 def test_the_running_averages_are_of_the_last_inner_steps(task: dict[str, Any]) -> None:
-    """A u' + (1 - a) u, once a round."""
+    """They become ``a u' + (1 - a) u``, once a round."""
     run = in_double(start(task, "fast", kdci=False, bn_momentum=0.9))
     method: Any = run.method
     lasts: list[Tensor] = []
@@ -188,27 +188,27 @@ def test_the_first_layers_are_reset_once(task: dict[str, Any]) -> None:
 SHARED = {"redraw_z_every": 3, "warmup": 0, "g_steps": 3, "lr_g_meta": 1e-4, "lr_z_meta": 5e-3}
 
 
-def inner_runs(method: Any, rounds: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
-    """Return of each round the latents before, their inner gradients, and the latents after."""
-    seen: list[tuple[Tensor, list[Tensor], Tensor]] = []
-    original_step = torch.optim.Adam.step
+def latents_of_round(method: Any, index: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return a round's latents before it, their inner gradients, and the latents after it."""
+    begun: list[Tensor] = []
+    gradients: list[Tensor] = []
+    ended: list[Tensor] = []
+    original = torch.optim.Adam.step
 
     def step(self: torch.optim.Adam, *args: Any) -> Any:
-        if self is method.optimizer:
-            return original_step(self, *args)
-        (latents,) = self.param_groups[1]["params"]
-        if not self.state:
-            seen.append((latents.detach().clone(), [], latents))
-        seen[-1][1].append(latents.grad.clone())
-        return original_step(self, *args)
+        if self is not method.optimizer:
+            (latents,) = self.param_groups[1]["params"]
+            begun.append(latents.detach().clone())
+            gradients.append(latents.grad.clone())
+        result = original(self, *args)
+        if self is not method.optimizer:
+            ended.append(latents.detach().clone())
+        return result
 
-    torch.optim.Adam.step = step  # type: ignore[method-assign, assignment]
-    try:
-        for index in range(rounds):
-            method.begin_round(index)
-    finally:
-        torch.optim.Adam.step = original_step  # type: ignore[method-assign]
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", step)
+        method.begin_round(index)
+    return begun[0], gradients, ended[-1]
 
 
 @pytest.mark.parametrize("meta", ["fomaml", "reptile"])
@@ -221,10 +221,10 @@ def test_shared_latents_are_learned_as_the_generator_is(meta: str, task: dict[st
     assert [group["lr"] for group in method.optimizer.param_groups] == [1e-4, 5e-3]
     starts, stepped = [], []
     for index in range(4):
-        ((begun, gradients, ended),) = inner_runs_from(method, index)
+        begun, gradients, ended = latents_of_round(method, index)
         starts.append(begun)
         stepped.append(method.latents.detach().clone())
-        expected = sum(gradients) if meta == "fomaml" else 67.0 * (begun - ended.detach())
+        expected = sum(gradients) if meta == "fomaml" else 67.0 * (begun - ended)
         torch.testing.assert_close(method.latents.grad, expected)
         assert not torch.equal(begun, stepped[-1])
         assert method.optimizer.state[method.latents]["step"].item() == (index % 3) + 1
@@ -235,21 +235,12 @@ def test_shared_latents_are_learned_as_the_generator_is(meta: str, task: dict[st
     assert (starts[3] - stepped[2]).abs().max() > 0.5
 
 
-def inner_runs_from(method: Any, index: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
-    original = method.begin_round
-    method.begin_round = lambda _: original(index)
-    try:
-        return inner_runs(method, 1)
-    finally:
-        method.begin_round = original
-
-
 def test_shared_latents_without_meta_learning_are_trained_on(task: dict[str, Any]) -> None:
     run = start(task, "fast", meta="none", **SHARED)
     method: Any = run.method
     method.begin_round(0)
     after = method.latents.detach().clone()
-    ((begun, _, _),) = inner_runs_from(method, 1)
+    begun, *_ = latents_of_round(method, 1)
     assert torch.equal(begun, after)
     assert not torch.equal(method.latents, after)
 
@@ -258,8 +249,8 @@ def test_latents_of_its_own_for_each_round_by_default(task: dict[str, Any]) -> N
     run = start(task, "fast")
     method: Any = run.method
     assert method.latents is None
-    first, second = inner_runs(method, 2)
-    assert (first[0] - second[0]).abs().max() > 0.5
+    first, second = (latents_of_round(method, index)[0] for index in range(2))
+    assert (first - second).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("meta", ["fomaml", "reptile", "none"])
