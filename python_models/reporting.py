@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
 import shutil
 import sys
 import time
@@ -184,6 +185,20 @@ def write_summary(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory that was used until now, in MB (10^6 bytes).
+
+    On a GPU it is what PyTorch's allocator handed out since ``reset_peak_memory_stats``; on a CPU
+    the resident set of the whole process, Python and its libraries included, which cannot be reset:
+    of several runs in one process the later ones report at least the earlier ones' peak.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return size * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
 class Progress:
     """Progress bar with ETA on a terminal, a line per epoch elsewhere.
 
@@ -256,6 +271,14 @@ def picture_of_images(path: Path, images: Tensor, columns: int = 8) -> None:
     """Save images ``[n, c, h, w]`` in [0, 1] as one grid, enlarged by whole pixels."""
     from matplotlib.image import imsave
 
+    grid = image_grid(images, columns)
+    factor = max(1, 640 // grid.shape[1])
+    grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    write_atomically(path, lambda temporary: imsave(temporary, grid.numpy(), format="png"))
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """Return images ``[n, c, h, w]`` in [0, 1] as one, ``[height, width, 3]``, with white gaps."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     grid = torch.ones(rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
@@ -266,9 +289,7 @@ def picture_of_images(path: Path, images: Tensor, columns: int = 8) -> None:
         top = 2 + index // columns * (height + 2)
         left = 2 + index % columns * (width + 2)
         grid[top : top + height, left : left + width] = image[:3].permute(1, 2, 0)
-    factor = max(1, 640 // grid.shape[1])
-    grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    write_atomically(path, lambda temporary: imsave(temporary, grid.numpy(), format="png"))
+    return grid
 
 
 def picture_of_proportions(
