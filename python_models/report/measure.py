@@ -188,8 +188,6 @@ class Findings:
             yield
         except KeyError as error:
             self._leave_out(parts, f"its checkpoint lacks {error}")
-        except ModuleNotFoundError as error:
-            self._leave_out(parts, f"the package {error.name} is not installed")
         # Networks of other shapes raise RuntimeError, and those without features TypeError.
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             self._leave_out(parts, str(error).splitlines()[0])
@@ -359,11 +357,12 @@ def embed(features: Tensor) -> Tensor:
     """Return the t-SNE of features ``[n, d]``, ``[n, 2]``; the same in each call.
 
     Raises:
-        ModuleNotFoundError: Without scikit-learn.
-        UserError: If there are fewer than 4 rows, or all are the same.
+        UserError: Without scikit-learn, or if there are fewer than 4 rows, or all are the same.
     """
-    from sklearn.manifold import TSNE  # type: ignore[import-untyped]
-
+    try:
+        from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise UserError("the package scikit-learn is not installed") from error
     if len(features) < 4 or not (features != features[0]).any():
         raise UserError("there are too few different features for an embedding")
     perplexity = min(30.0, (len(features) - 1) / 3)

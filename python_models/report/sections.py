@@ -474,7 +474,7 @@ def _frechet(report: Report) -> list[Markup]:
         found = report.findings[run.name]
         if found.frechet is not None:
             counted = f"{found.frechet_images:,}"
-            distances = [_three_places(found.frechet), _three_places(found.frechet_floor)]
+            distances = [number(found.frechet, 5), number(found.frechet_floor, 5)]
             rows.append([run.name, run.label, *distances, counted])
     body = []
     if rows:
@@ -493,10 +493,6 @@ def _frechet(report: Report) -> list[Markup]:
     if reasons:
         body.append(report.leave_out("Fréchet distance", reasons))
     return body
-
-
-def _three_places(value: float | None) -> str:
-    return NOT_KNOWN if value is None else f"{value:,.3f}"
 
 
 def _features(report: Report) -> list[Markup]:
