@@ -246,7 +246,7 @@ def _report(words: list[str]) -> None:
 
     result = report(config)
     for line in result.left_out:
-        print(f"left out: {line}")
+        print(line)
     print(f"report: {result.page}")
 
 

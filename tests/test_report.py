@@ -23,7 +23,7 @@ from python_models.config import ReportConfig
 from python_models.data import load_labelled, to_float
 from python_models.engine import Distillation, distill
 from python_models.errors import UserError
-from python_models.report import ReportResult, figures, frechet_distance, report
+from python_models.report import ReportResult, figures, frechet_distance, measure, report
 from python_models.report.collect import common_task, compare, read_runs
 from python_models.report.measure import by_class, spread
 from python_models.reporting import METRICS
@@ -134,9 +134,15 @@ def runs(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make figures, but do not render them, which takes the most time."""
     monkeypatch.setattr(figures, "to_png", lambda figure: ONE_PIXEL)
+
+
+@pytest.fixture
+def undrawn(unrendered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor compute the t-SNE, which takes the second most."""
+    monkeypatch.setattr(measure, "embed", lambda features: features[:, :2].double())
 
 
 def quick(runs: Path, *names: str, **values: Any) -> tuple[ReportResult, Page]:
@@ -497,7 +503,7 @@ def test_an_unfinished_run_shows_what_it_has_so_far(runs: Path) -> None:
     assert "the run has not finished" in " ".join(result.left_out)
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("unrendered")
 def test_without_scikit_learn_the_report_says_so(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
