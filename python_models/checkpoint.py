@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import pickle
-import struct
 import signal
+import struct
 import sys
 import threading
 import zipfile
