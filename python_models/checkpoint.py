@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import signal
+import struct
 import sys
 import threading
 import zipfile
@@ -69,6 +70,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return _torch_load(path, "checkpoint")
 
 
+_OF_OTHER_BYTES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError)
+"""What the unpickler raises where it takes other bytes for its instructions."""
+
+
 def _torch_load(path: Path, kind: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -79,7 +84,7 @@ def _torch_load(path: Path, kind: str) -> dict[str, Any]:
             f"{path} holds more than tensors and cannot be loaded safely as a {kind}: save its "
             "`state_dict()` instead"
         ) from error
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, struct.error, *_OF_OTHER_BYTES) as error:
         raise UserError(f"{path} is damaged or no {kind}: {error}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} must hold a dict, got {type(state).__name__}")

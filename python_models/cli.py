@@ -20,6 +20,7 @@ from python_models.config import (
     Arguments,
     DistillConfig,
     EvaluateConfig,
+    ReportConfig,
     TrainTeacherConfig,
     distill_defaults,
     override,
@@ -46,6 +47,7 @@ commands:
   train-teacher   train a teacher on labelled data
   distill         distil a teacher into a student, without the teacher's data
   evaluate        measure the accuracy of a trained network
+  report          make a page about runs, those with and without KDCI beside each other
   list            show methods, networks, generators, datasets and presets
   demo            see it work in a few minutes on a CPU
   bench           measure the operators beside other libraries (in a clone)
@@ -107,6 +109,7 @@ def _run(words: list[str]) -> int:
         "train-teacher": _train_teacher,
         "distill": _distill,
         "evaluate": _evaluate,
+        "report": _report,
         "list": _list,
         "demo": _demo,
         "bench": _bench,
@@ -259,6 +262,24 @@ def _evaluate(words: list[str]) -> None:
 
     _make_working_directory_importable()
     print(f"accuracy: {evaluate(config):.2f} %")
+
+
+def _report(words: list[str]) -> None:
+    import tyro
+
+    config = tyro.cli(
+        ReportConfig,
+        args=words,
+        prog="kdci report",
+        description="Make a page about distillation runs of one task, and its figures.",
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    from python_models.report import report
+
+    result = report(config)
+    for line in result.left_out:
+        print(line)
+    print(f"report: {result.page}")
 
 
 def _list(words: list[str]) -> None:

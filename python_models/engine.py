@@ -45,6 +45,7 @@ from python_models.reporting import (
     Progress,
     RunFolder,
     duration,
+    peak_memory_mb,
     picture_of_images,
     picture_of_proportions,
     write_metrics,
@@ -76,6 +77,7 @@ class RunResult:
         teacher_accuracy: Of the teacher.
         seconds: Time spent in the loop.
         steps: Student steps made.
+        peak_memory_mb: Largest memory of the run, see `reporting.peak_memory_mb`.
         student: File of the student's weights.
     """
 
@@ -85,6 +87,7 @@ class RunResult:
     teacher_accuracy: float | None
     seconds: float
     steps: int
+    peak_memory_mb: float
     student: str
 
 
@@ -187,6 +190,8 @@ class Distillation:
         self.round = 0
         self.step = 0
         self.is_round_open = False
+        # The student's logits that KDCI compensated last, for `compensation_health`.
+        self._compensated_logits: Tensor | None = None
 
     def _require_parts(self, method_class: type[Method[Any]]) -> None:
         """Check that teacher and student have the layers that the method reads."""
@@ -278,6 +283,7 @@ class Distillation:
         """The distillation term: KL_T(T || S + F) with KDCI, KL_T(T || S) without."""
         temperature = self.config.training.temperature
         if self.kdci is not None:
+            self._compensated_logits = student_logits.detach()
             return self.kdci.loss(student_logits, teacher_logits, temperature)
         return kd_divergence(student_logits, teacher_logits, temperature)
 
@@ -379,6 +385,28 @@ class Distillation:
             return self._teacher_logits(batch)
         logits: Tensor = self.dictionary_model(batch.images)
         return logits
+
+    @torch.no_grad()
+    def compensation_health(self) -> dict[str, float]:
+        """Return two signs of whether KDCI works, or nothing where it has not acted yet.
+
+        Returns:
+            ``dictionary_entropy``: ``-sum p log p`` of the dictionary's proportions (as shares), in
+            nats: log K where all prototypes are equally common, 0 where one is all.
+            ``compensation_ratio``: ``mean |F| / mean |S|``, the size of the compensation relative
+            to the student's logits, on the last batch.
+        """
+        logits = self._compensated_logits
+        if self.kdci is None or logits is None:
+            return {}
+        logits = logits.float()
+        shares = self.kdci.proportions / self.kdci.proportions.sum()
+        # Looking must not change the run: the ablation with random attention draws.
+        with self.randomness.untouched():
+            size = (self.kdci(logits) - logits).abs().mean()
+        values = torch.stack([torch.special.entr(shares).sum(), size / logits.abs().mean()])
+        entropy, ratio = values.tolist()
+        return {"dictionary_entropy": entropy, "compensation_ratio": ratio}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
@@ -487,11 +515,15 @@ class _Session:
         self.test = test
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.peak_memory_mb = 0.0
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
         self.teacher_accuracy = None if test is None else accuracy(run.teacher, test, run.device)
         if run.config.output.resume and folder.checkpoint.exists():
             state = load_checkpoint(folder.checkpoint)
             run.load_state_dict(state["run"])
             self.rows, self.seconds = state["rows"], state["seconds"]
+            self.peak_memory_mb = state.get("peak_memory_mb", 0.0)
         else:
             run.prepare()
 
@@ -545,6 +577,7 @@ class _Session:
         }
         run.log.reset()
         text = ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[3:])
+        row.update(run.compensation_health())
         short = {}
         last = epoch == training.epochs
         if self.test is not None and (last or epoch % run.config.output.evaluate_every == 0):
@@ -573,8 +606,19 @@ class _Session:
         if spoilt is not None:
             raise DivergenceError(f"{spoilt} became nan or infinite by step {self.run.step}")
         save_checkpoint(
-            self.folder.checkpoint, {"run": state, "rows": self.rows, "seconds": self.seconds}
+            self.folder.checkpoint,
+            {
+                "run": state,
+                "rows": self.rows,
+                "seconds": self.seconds,
+                "peak_memory_mb": self._measure_memory(),
+            },
         )
+
+    def _measure_memory(self) -> float:
+        """Return the peak so far, that of the processes before a resume included."""
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.run.device))
+        return self.peak_memory_mb
 
     def _write_results(self) -> RunResult:
         run, folder = self.run, self.folder
@@ -590,6 +634,7 @@ class _Session:
             teacher_accuracy=self.teacher_accuracy,
             seconds=round(self.seconds, 1),
             steps=run.step,
+            peak_memory_mb=round(self._measure_memory(), 1),
             student=str(folder.weights("student")),
         )
         write_summary(folder.summary, asdict(result))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
 import shutil
 import sys
 import time
@@ -18,6 +19,20 @@ from torch import Tensor
 
 from python_models.checkpoint import write_atomically
 from python_models.errors import DivergenceError, UserError
+
+METRICS = {
+    "epoch": "number of the epoch, from 1",
+    "step": "student steps made",
+    "lr": "learning rate of the student in the epoch's last step",
+    "accuracy": "of the student on the test images, without compensation, in percent",
+    "accuracy_compensated": "the same with KDCI's compensation; a diagnostic",
+    "dictionary_entropy": "of the confounder dictionary's proportions, in nats: at most log K",
+    "compensation_ratio": "mean |F| / mean |S|: KDCI's compensation by the student's logits, on "
+    "the epoch's last batch",
+    "images_per_second": "images in student steps, by all the time of the run",
+    "seconds": "time of the run",
+}
+"""Columns of a distillation's metrics.csv; all others are loss terms, averaged over the epoch."""
 
 
 class RunFolder:
@@ -184,6 +199,20 @@ def write_summary(path: Path, values: Mapping[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory that was used until now, in MB (10^6 bytes).
+
+    On a GPU it is what PyTorch's allocator handed out since ``reset_peak_memory_stats``; on a CPU
+    the resident set of the whole process, Python and its libraries included, which cannot be reset:
+    of several runs in one process the later ones report at least the earlier ones' peak.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return size * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
 class Progress:
     """Progress bar with ETA on a terminal, a line per epoch elsewhere.
 
@@ -256,6 +285,14 @@ def picture_of_images(path: Path, images: Tensor, columns: int = 8) -> None:
     """Save images ``[n, c, h, w]`` in [0, 1] as one grid, enlarged by whole pixels."""
     from matplotlib.image import imsave
 
+    grid = image_grid(images, columns)
+    factor = max(1, 640 // grid.shape[1])
+    grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    write_atomically(path, lambda temporary: imsave(temporary, grid.numpy(), format="png"))
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """Return images ``[n, c, h, w]`` in [0, 1] as one, ``[height, width, 3]``, with white gaps."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     grid = torch.ones(rows * (height + 2) + 2, columns * (width + 2) + 2, 3)
@@ -266,9 +303,7 @@ def picture_of_images(path: Path, images: Tensor, columns: int = 8) -> None:
         top = 2 + index // columns * (height + 2)
         left = 2 + index % columns * (width + 2)
         grid[top : top + height, left : left + width] = image[:3].permute(1, 2, 0)
-    factor = max(1, 640 // grid.shape[1])
-    grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    write_atomically(path, lambda temporary: imsave(temporary, grid.numpy(), format="png"))
+    return grid
 
 
 def picture_of_proportions(

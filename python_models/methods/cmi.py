@@ -45,6 +45,8 @@ from python_models.methods.base import (
     Context,
     Synthesis,
     backward_into,
+    build_image_generator,
+    generate,
     on_device,
     total,
 )
@@ -233,7 +235,7 @@ class CMI(PooledMethod[CMISettings]):
         best = Best()
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
-            images = self.generator(latents)
+            images = generate(self.generator, latents, self.teacher)
             terms, features = self.generator_losses(
                 self.global_view(images, stream),
                 self.local_view(images, stream),

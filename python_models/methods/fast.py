@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from python_models import losses
 from python_models.data import ImagePool, RandomCropFlip
-from python_models.errors import UserError
 from python_models.methods.base import (
     METHODS,
     Batch,
