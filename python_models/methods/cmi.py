@@ -47,11 +47,10 @@ from python_models.methods.base import (
     backward_into,
     build_image_generator,
     generate,
-    on_device,
     total,
 )
 from python_models.methods.pooled import Best, PooledMethod, PoolSettings
-from python_models.networks import build_generator, init_normal_
+from python_models.networks import init_normal_
 
 FeatureHooks = Literal["auto", "batchnorm", "stages"]
 
@@ -186,10 +185,7 @@ class CMI(PooledMethod[CMISettings]):
             raise UserError(f"cr_temperature={settings.cr_temperature} must be > 0")
         if not 0 < settings.local_scale <= 1:
             raise UserError(f"local_scale={settings.local_scale} must lie in (0, 1]")
-        channels, size, _ = context.image_shape
-        with context.randomness.initialising("generator"):
-            generator = build_generator(settings.generator, settings.latent_dim, size, channels)
-        self.generator = on_device(generator, context.device)
+        self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
         self.statistics = losses.BatchNormStatistics(self.teacher)
         self.features = InputMeans(hooked_modules(self.teacher.network, settings.feature_hooks))
         width = self._feature_width()
