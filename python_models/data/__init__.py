@@ -5,7 +5,7 @@ Images are uint8 or, in [0, 1], float32 tensors [n, c, h, w]; normalisation belo
 (`python_models.networks.Classifier`).
 """
 
-from python_models.data.augment import RandomCropFlip
+from python_models.data.augment import RandomCropFlip, RandomResizedCropFlip
 from python_models.data.datasets import DATASETS, NORMALISATION, DatasetSpec, dataset_spec
 from python_models.data.formats import CorruptDataError, MissingDataError
 from python_models.data.images import to_float, to_uint8
@@ -22,6 +22,7 @@ __all__ = [
     "LabelledData",
     "MissingDataError",
     "RandomCropFlip",
+    "RandomResizedCropFlip",
     "dataset_spec",
     "load_labelled",
     "load_unlabelled",

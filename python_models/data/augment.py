@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random augmentations of whole batches, on any device and differentiable."""
 
+import math
 from typing import Any
 
 import torch
@@ -100,3 +101,98 @@ class _ShiftFlip(torch.autograd.Function):
         back = torch.where(flips, right, -right)
         grad_images = _ShiftFlip.apply(grad, -down, back, flips, ctx.padding)
         return grad_images, None, None, None, None
+
+
+class RandomResizedCropFlip:
+    """Cuts a random rectangle out of each image, brings it to full size, and mirrors half of them.
+
+    The rectangle's share of the image's area is uniform in `scale`, the logarithm of its width over
+    its height in that of `ratio`; of ten draws the first that fits is taken, else the whole image.
+    It is resized bilinearly, without antialiasing, with pixels as areas (`align_corners=False`).
+
+    Each image is multiplied by two small matrices, one of its rows and one of its columns: no
+    Python loop, and gradients are deterministic on every device.
+
+    Args:
+        scale: least and largest share of the area, in (0, 1].
+        ratio: least and largest width over height, positive.
+        flip: mirror half of the images left to right.
+
+    Raises:
+        ValueError: if a range is empty or out of bounds.
+
+    Example:
+        >>> augment = RandomResizedCropFlip(scale=(0.25, 1.0))
+        >>> augment(torch.rand(8, 3, 32, 32), torch.Generator().manual_seed(0)).shape
+        torch.Size([8, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        scale: tuple[float, float] = (0.25, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: bool = True,
+    ) -> None:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale={scale} must rise within (0, 1]")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"ratio={ratio} must rise and be positive")
+        self.scale = scale
+        self.ratio = ratio
+        self.flip = flip
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns augmented copies of floating-point images [b, c, h, w].
+
+        Args:
+            images: the batch; not changed.
+            generator: source of randomness on any device.
+        """
+        count, _, height, width = images.shape
+        boxes, flips = self._draw(count, height, width, generator)
+        top, left, box_height, box_width = boxes.to(images.device, images.dtype).unbind()
+        flips = flips.to(images.device)
+        rows = _bilinear(top, box_height, height, torch.zeros_like(flips))
+        columns = _bilinear(left, box_width, width, flips)
+        return rows[:, None] @ images @ columns[:, None].mT
+
+    def _draw(
+        self, count: int, height: int, width: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Returns whole-numbered top, left, height and width [4, count], and flips [count]."""
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            drawn = torch.rand(shape, generator=generator, device=generator.device)
+            return low + (high - low) * drawn
+
+        tries = (count, 10)
+        area = height * width * uniform(*self.scale, *tries)
+        ratio = uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), *tries).exp()
+        sizes = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round().clamp(min=1)
+        whole = torch.tensor([height, width], device=area.device, dtype=area.dtype)
+        fits = (sizes <= whole[:, None, None]).all(0)
+        first = fits.int().argmax(1)  # of equals, the first
+        size = sizes.gather(2, first.expand(2, count)[:, :, None]).squeeze(2)
+        size = torch.where(fits.any(1), size, whole[:, None])
+        room = whole[:, None] - size + 1
+        # Rounding may bring a draw just below 1 to the end of its range.
+        start = (uniform(0, 1, 2, count) * room).floor().minimum(room - 1)
+        flips = uniform(0, 1, count) < (0.5 if self.flip else 0.0)
+        return torch.cat([start, size]), flips
+
+
+def _bilinear(start: Tensor, length: Tensor, size: int, flips: Tensor) -> Tensor:
+    """Matrices [b, size, size] that stretch `length` pixels from `start` over `size` of them.
+
+    Args:
+        start: first pixel, [b].
+        length: number of pixels, [b].
+        size: number of pixels before and after.
+        flips: where to turn the result around, bool [b].
+    """
+    pixels = torch.arange(size, device=start.device, dtype=start.dtype)
+    target = torch.where(flips[:, None], size - 1 - pixels, pixels)
+    place = (target + 0.5) * (length / size)[:, None] - 0.5
+    place = place.clamp(min=0).minimum(length[:, None] - 1) + start[:, None]
+    # A hat around its place gives each of the two nearest pixels its share.
+    return (1 - (place[:, :, None] - pixels).abs()).clamp(min=0)

@@ -12,10 +12,17 @@ from python_models.registry import Registry
 class ImageNetwork(nn.Module):
     """A classifier of images in two parts: `features` up to the last layer, then `classify`.
 
-    Subclasses set `feature_dim` and implement both parts; images are already normalised here.
+    Subclasses set `feature_dim` and implement both parts; images are already normalised here. Those
+    that pool their last feature map into their features set `map_channels` too and implement
+    `feature_map`, which some methods need.
     """
 
     feature_dim: int
+    map_channels: int
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the map [b, map_channels, h, w] whose spatial mean `features` is."""
+        raise NotImplementedError
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the penultimate vectors [b, feature_dim] of images [b, c, h, w]."""

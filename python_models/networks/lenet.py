@@ -35,7 +35,7 @@ class LeNet(ImageNetwork):
         self.bn3 = nn.BatchNorm2d(third) if batch_norm else nn.Identity()
         self.hidden = nn.Linear(third, hidden)
         self.fc = nn.Linear(hidden, num_classes)
-        self.feature_dim = hidden
+        self.feature_dim = self.map_channels = hidden
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the hidden layer [b, feature_dim] of images [b, c, 32, 32].
@@ -50,6 +50,10 @@ class LeNet(ImageNetwork):
         x = F.relu(F.max_pool2d(self.bn2(self.conv2(x)), 2), inplace=True)
         x = F.relu(self.bn3(self.conv3(x)), inplace=True)
         return F.relu(self.hidden(x.flatten(1)), inplace=True)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the hidden layer as a map [b, feature_dim, 1, 1]: nothing is pooled here."""
+        return self.features(images)[:, :, None, None]
 
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of hidden vectors [b, feature_dim]."""

@@ -54,14 +54,18 @@ class ResNet(ImageNetwork):
         self.layer3 = _stage(128, 256, blocks[2], stride=2)
         self.layer4 = _stage(256, 512, blocks[3], stride=2)
         self.fc = nn.Linear(512, num_classes)
-        self.feature_dim = 512
+        self.feature_dim = self.map_channels = 512
         init_convolutions_(self)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the output [b, 512, h, w] of the last stage."""
+        x: Tensor = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the spatial mean [b, 512] of the last stage."""
-        x: Tensor = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean(dim=(2, 3))
+        return self.feature_map(images).mean(dim=(2, 3))
 
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of features [b, 512]."""

@@ -58,13 +58,17 @@ class WideResNet(ImageNetwork):
         self.layer3 = _stage(32 * width, 64 * width, blocks, stride=2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
-        self.feature_dim = 64 * width
+        self.feature_dim = self.map_channels = 64 * width
         init_convolutions_(self)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the activated output [b, 64 * width, h, w] of the last stage."""
+        x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
+        return F.relu(self.bn1(x), inplace=True)
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the spatial mean [b, 64 * width] of the last stage."""
-        x = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return F.relu(self.bn1(x), inplace=True).mean(dim=(2, 3))
+        return self.feature_map(images).mean(dim=(2, 3))
 
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of features [b, 64 * width]."""
