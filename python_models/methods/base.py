@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from python_models.data import LabelledData
-from python_models.networks import Classifier
+from python_models.errors import UserError
+from python_models.networks import Classifier, ImageNetwork
 from python_models.randomness import Randomness
 from python_models.registry import Registry
 
@@ -102,14 +103,16 @@ class Deployed:
     Attributes:
         network: From normalised images to logits; it holds the student's network.
         name: What `build_network` makes it from: ``package.module:callable``.
-        arguments: Keyword arguments of that callable, beside the classes and channels.
-        parameters: Those that the student's optimiser trains beside the student's own.
+        arguments: Keyword arguments of that callable, beside the classes, the channels and
+            ``student``, the name of the student's network, which the loop adds.
+        parameter_groups: What the student's optimiser trains beside the student, as
+            ``torch.optim`` takes it: ``{"params": ..., "weight_decay": 0.0}``.
     """
 
     network: nn.Module
     name: str
     arguments: Mapping[str, Any]
-    parameters: Sequence[nn.Parameter]
+    parameter_groups: Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -153,6 +156,11 @@ class Method(ABC, Generic[SettingsT]):
         self.teacher = context.teacher
         self.student = context.student
         self.parts: dict[str, Stateful] = {}
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether the student's loss has the divergence, which is what KDCI compensates."""
+        return True
 
     @property
     def warmup_rounds(self) -> int:
@@ -253,3 +261,22 @@ def on_device(module: ModuleT, device: torch.device) -> ModuleT:
     channels_last about halves a generator's time, on CPUs too.
     """
     return module.to(device).to(memory_format=torch.channels_last)
+
+
+def image_network(classifier: Classifier, role: str) -> ImageNetwork:
+    """Return the network in a classifier, for methods that work with its features.
+
+    Args:
+        classifier: The teacher or the student.
+        role: Which of them, for the error.
+
+    Raises:
+        UserError: If it does not offer them.
+    """
+    if not isinstance(classifier.network, ImageNetwork):
+        raise UserError(
+            f"{role}: this method needs features, which {type(classifier.network).__name__} does "
+            "not offer: derive it from python_models.networks.ImageNetwork, with `features` and "
+            "`classify`"
+        )
+    return classifier.network
