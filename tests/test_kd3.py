@@ -14,7 +14,7 @@ from python_models.data import load_labelled, to_float
 from python_models.engine import Distillation, distill
 from python_models.errors import UserError
 from python_models.evaluate import accuracy
-from python_models.losses import kd_divergence
+from python_models.losses import alignment_weights, kd_divergence
 from python_models.methods.kd3 import KD3, Form, Views, combine, mix_distribution, select
 from python_models.methods.kd3 import student_share as share_of
 from python_models.teacher import load_network
@@ -122,18 +122,24 @@ def test_every_term_of_a_step(form: Form, student: str, convolutional: dict[str,
         assert found[name].item() == pytest.approx(value, rel=1e-6), name
 
 
-def test_the_weights_of_images_have_no_gradient(task: dict[str, Any]) -> None:
-    """They are functions of logits, whose only way to the student's features they would be."""
-    run, method = start(task)
+def test_the_weights_of_images_have_no_gradient() -> None:
+    for form in FORMS:
+        s = torch.randn(3, CLASSES, requires_grad=True)
+        assert not alignment_weights(s, torch.randn(3, CLASSES), form).requires_grad
+
+
+def test_the_shared_classifier_stays_the_teachers(task: dict[str, Any]) -> None:
+    """Not even weight decay touches it, while projector and both embeddings learn."""
+    run, method = start(task, weight_decay=0.1)
     run.prepare()
-    batch = method.next_batch()
-    terms = method.student_losses(batch, kd_divergence)
-    assert terms["align"].requires_grad
-    assert not method.network.classifier.weight.requires_grad
-    before = [p.clone() for p in method.network.classifier.parameters()]
+    learning = [*method.network.projector.parameters(), *method.embeddings.parameters()]
+    before = [p.clone() for p in learning]
     while run.step < 3:
         run.advance()
-    assert all(map(torch.equal, before, method.network.classifier.parameters()))
+    teacher: Any = run.teacher.network
+    assert torch.equal(method.network.classifier.weight, teacher.fc.weight)
+    assert torch.equal(method.network.classifier.bias, teacher.fc.bias)
+    assert not any(map(torch.equal, before, learning))
 
 
 def test_without_a_weight_there_is_no_divergence_to_compensate(task: dict[str, Any]) -> None:
