@@ -92,6 +92,8 @@ class TrainingConfig:
     """Its learning rate."""
     momentum: float = 0.9
     """Its momentum (SGD)."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum (SGD)."""
     weight_decay: float = 1e-4
     """Its weight decay."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -519,6 +521,8 @@ def check(config: DistillConfig[Any]) -> None:
             "--teacher-weights the name of a network or package.module:callable"
         )
     training = config.training
+    if training.nesterov and not training.momentum > 0:
+        raise UserError(f"nesterov=True needs a momentum above 0, got {training.momentum}")
     if training.ep_steps < 0:
         raise UserError(f"ep_steps={training.ep_steps} must be >= 0")
     # The methods' own settings follow the same naming.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kdci_ext
 from python_models.checkpoint import (
@@ -117,6 +117,7 @@ class Distillation:
             }
         )
         self.randomness = Randomness(config.training.seed, device)
+        self._loaded_teacher = teacher
         self.teacher = teacher.classifier.to(device)
         self.teacher_info = teacher.info
         with self.randomness.initialising("student"):
@@ -159,14 +160,20 @@ class Distillation:
             ),
         )
         self.deployed = self.student
-        extra: Sequence[nn.Parameter] = ()
+        extra: Sequence[dict[str, Any]] = ()
         deployed = self.method.deployed()
         if deployed is not None:
             self.deployed = Classifier(deployed.network, self.info.mean, self.info.std).to(device)
             self.info = replace(
-                self.info, network=deployed.name, arguments=dict(deployed.arguments)
+                self.info,
+                network=deployed.name,
+                arguments={
+                    **deployed.arguments,
+                    "student": config.task.student,
+                    "student_args": dict(config.task.student_args),
+                },
             )
-            extra = deployed.parameters
+            extra = deployed.parameter_groups
         other = self._load_dictionary_model()
         # None: the teacher itself makes the dictionary.
         self.dictionary_model = None if other is None else other.classifier.to(device)
@@ -225,7 +232,9 @@ class Distillation:
 
     def _load_labelled(self) -> LabelledData:
         assert self.dataset is not None
-        return load_labelled(self.dataset, "train", self.config.task.data_root)
+        data = load_labelled(self.dataset, "train", self.config.task.data_root)
+        self._loaded_teacher.require_fit(data, self.dataset)
+        return data
 
     def _load_dictionary_model(self) -> LoadedNetwork | None:
         c = self.config.compensation
@@ -255,6 +264,11 @@ class Distillation:
         c = self.config.compensation
         if not c.kdci:
             return None
+        if not self.method.has_divergence:
+            raise UserError(
+                f"kdci compensates the distillation term, which {self.config.method} does not have "
+                "with kd_weight=0: give --kd-weight 1, or --no-kdci"
+            )
         with self.randomness.initialising("kdci"):
             return kdci_ext.KDCI(
                 self.info.num_classes,
@@ -268,15 +282,20 @@ class Distillation:
                 dictionary_dim=dictionary_dim,
             ).to(self.device)
 
-    def _build_optimizer(self, extra: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    def _build_optimizer(self, extra: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         t = self.config.training
-        parameters = [*self.student.parameters(), *extra]
+        parameters = list(self.student.parameters())
         if self.kdci is not None:  # its weights learn as the student's do
             parameters += self.kdci.parameters()
+        groups = [{"params": parameters}, *extra]
         if t.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=t.lr, weight_decay=t.weight_decay)
+            return torch.optim.Adam(groups, lr=t.lr, weight_decay=t.weight_decay)
         return torch.optim.SGD(
-            parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay
+            groups,
+            lr=t.lr,
+            momentum=t.momentum,
+            weight_decay=t.weight_decay,
+            nesterov=t.nesterov,
         )
 
     def _divergence(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -158,6 +158,126 @@ def batch_norm_layers(network: nn.Module) -> list[nn.modules.batchnorm._BatchNor
     ]
 
 
+def normalised_mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of features, each by its target's squared length (CID's NM_MSE).
+
+    Args:
+        student: The student's features, brought to the teacher's width, ``[b, d]``.
+        teacher: The teacher's features, ``[b, d]``. A row of zeros has no direction to follow and
+            counts nothing.
+
+    Returns:
+        Scalar ``mean_b ||f_b - g_b||^2 / ||g_b||^2``.
+    """
+    squares = teacher.square().sum(1)
+    distances = (student - teacher).square().sum(1)
+    # The inner choice keeps the gradient of the ratio that is not taken finite.
+    ratios = distances / torch.where(squares > 0, squares, 1.0)
+    return torch.where(squares > 0, ratios, 0.0).mean()
+
+
+def class_representation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    form: Literal["code", "paper"] = "code",
+) -> Tensor:
+    """Distance of the classes' cosine Gram matrices in student and teacher (CID).
+
+    ``D_k`` is the difference of the cosine similarities between all images of class k in the batch;
+    classes with a single image have no relations and are left out.
+
+    Args:
+        student: The student's features, ``[b, d_s]``.
+        teacher: The teacher's features, ``[b, d_t]``.
+        labels: Classes, int64 ``[b]``.
+        num_classes: Number of classes.
+        form: ``code``: the mean over the K classes with ``n_k >= 2`` images,
+            ``1 / K sum_k ||D_k||_F^2 / n_k^2``; ``paper`` (equation 8): ``sum_k ||D_k||_F``.
+
+    Returns:
+        Scalar; 0 where no class has two images.
+    """
+    student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    members = F.one_hot(labels, num_classes).to(student.dtype)  # [b, c]
+    difference = (student @ student.T - teacher @ teacher.T) * (members @ members.T)
+    squares = members.T @ difference.square().sum(1)  # ||D_k||^2, [c]
+    sizes = members.sum(0)
+    counted = (sizes >= 2).to(student.dtype)
+    if form == "code":
+        means = counted * squares / sizes.clamp(min=1).square()
+        return means.sum() / counted.sum().clamp(min=1)
+    # The root's gradient is infinite at 0.
+    positive = (counted > 0) & (squares > 0)
+    return torch.where(positive, squares, 1.0).sqrt().mul(positive).sum()
+
+
+def alignment_weights(
+    student: Tensor, teacher: Tensor, form: Literal["paper", "code"] = "paper"
+) -> Tensor:
+    """Weights of images by how student and teacher agree on them, without gradient (KD3).
+
+    Args:
+        student: Student logits, ``[b, c]``.
+        teacher: Teacher logits, ``[b, c]``.
+        form: ``paper`` (equation 9): ``1 - sigmoid(||softmax(s) - softmax(t)||_1)``, large where
+            they agree; ``code``: ``sigmoid(||s - t||_2)``, large where they do not.
+
+    Returns:
+        Weights in (0, 1), ``[b]``.
+    """
+    student, teacher = student.detach(), teacher.detach()
+    if form == "paper":
+        distance = (student.softmax(1) - teacher.softmax(1)).abs().sum(1)
+        return 1 - torch.sigmoid(distance)
+    return torch.sigmoid(torch.linalg.vector_norm(student - teacher, dim=1))
+
+
+def weighted_alignment_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Mean over all elements of ``w_b (f - g)^2`` (KD3).
+
+    Args:
+        student: Features or feature maps, ``[b, ...]``.
+        teacher: Of the same shape.
+        weights: Of the images, ``[b]``.
+    """
+    return (weights * (student - teacher).square().flatten(1).mean(1)).mean()
+
+
+def mix_contrast_loss(
+    plain: Tensor,
+    perturbed: Tensor,
+    temperature: float,
+    form: Literal["paper", "code"] = "paper",
+) -> Tensor:
+    """NT-Xent: the embeddings of an image and of its perturbed version should be the nearest (KD3).
+
+    Args:
+        plain: Embeddings z of length 1, ``[b, d]``, ``b >= 2``.
+        perturbed: Those of the perturbed images z', of length 1, ``[b, d]``.
+        temperature: Positive temperature tau.
+        form: ``paper`` (equation 15): ``-sum_i log(exp(z_i z'_i / tau) / sum_{j != i}
+            exp(z_i z'_j / tau))``, whose denominator leaves the positive pair out; ``code``: the
+            mean over all 2b embeddings of the same with the positive pair and all others but the
+            embedding itself in the denominator.
+
+    Returns:
+        Scalar loss.
+    """
+    b = len(plain)
+    if form == "paper":
+        scores = plain @ perturbed.T / temperature
+        itself = torch.eye(b, dtype=torch.bool, device=plain.device)
+        others = torch.logsumexp(scores.masked_fill(itself, -torch.inf), dim=1)
+        return (others - scores.diagonal()).sum()
+    both = torch.cat([plain, perturbed])
+    itself = torch.eye(2 * b, dtype=torch.bool, device=plain.device)
+    scores = (both @ both.T / temperature).masked_fill(itself, -torch.inf)
+    partners = torch.arange(2 * b, device=plain.device).roll(b)
+    return F.cross_entropy(scores, partners)
+
+
 class BatchNormStatistics:
     """Distance of a batch's statistics from those stored in a teacher's BatchNorm layers.
 

@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A task so small that a whole run takes a moment: 4 classes of grey images, LeNet teachers."""
 
+import importlib
 import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from python_models.checkpoint import NetworkInfo, export_network
+from python_models.checkpoint import NetworkInfo, export_network, read_info
 from python_models.config import DistillConfig, distill_config
 from python_models.engine import Distillation
-from python_models.networks import build_network
+from python_models.networks import Classifier, build_network
 from python_models.teacher import load_network
 
 CLASSES = 4
 
 
 def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
-    """Write a teacher, test images and unlabelled images, but no training data.
+    """Write a teacher, test images and unlabelled images, but no training data of its own.
+
+    Methods that need labels find both splits as the dataset ``labelled.npz``.
 
     Returns:
         Settings of `distill_config` that name them.
@@ -37,6 +41,12 @@ def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
         images=random.integers(0, 256, (50, 24, 24, 3), dtype=np.uint8),
         labels=np.zeros(50, dtype=np.int64),
     )
+    for split in ("train", "test"):
+        np.savez(
+            data / f"labelled_{split}.npz",
+            images=random.integers(0, 256, (40, 32, 32), dtype=np.uint8),
+            labels=np.arange(40) % CLASSES,
+        )
     torch.manual_seed(1)
     info = NetworkInfo(network, CLASSES, (1, 32, 32), (0.5,), (0.5,), "tiny.npz")
     export_network(folder / "teacher.safetensors", build_network(network, CLASSES, 1), info)
@@ -99,10 +109,27 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
         "discriminator": "discriminator_tiny",
         "kd_steps": 2,
     },
+    "cid": {"dataset": "labelled.npz", "init_epochs": 1, "sr": 0.1, "epochs": 3},
+    "kd3": {"unlabelled": "wild.npz", "kd_weight": 1.0, "epochs": 3, "embedding_dim": 6},
     "dfnd": {"unlabelled": "wild.npz", "select": 30, "epochs": 3},
     "noise": {"ep_steps": 4, "kd_steps": 2},
 }
 """Settings that make each method quick."""
+
+
+def rebuild(run: Path) -> Classifier:
+    """Return the network of a run's exported file, built from what the file says of itself."""
+    path = run / "student.safetensors"
+    info = read_info(path)
+    assert info is not None
+    module, _, factory = info.network.partition(":")
+    if factory:
+        build = getattr(importlib.import_module(module), factory)
+        network = build(info.num_classes, info.image_shape[0], **info.arguments)
+    else:
+        network = build_network(info.network, info.num_classes, info.image_shape[0])
+    network.load_state_dict(load_file(path))
+    return Classifier(network, info.mean, info.std).eval()
 
 
 def tiny_config(task: dict[str, Any], method: str, **values: Any) -> DistillConfig[Any]:

@@ -107,14 +107,16 @@ class Deployed:
     Attributes:
         network: From normalised images to logits; it holds the student's network.
         name: What `build_network` makes it from: ``package.module:callable``.
-        arguments: Keyword arguments of that callable, beside the classes and channels.
-        parameters: Those that the student's optimiser trains beside the student's own.
+        arguments: Keyword arguments of that callable, beside the classes, the channels and
+            ``student``, the name of the student's network, which the loop adds.
+        parameter_groups: What the student's optimiser trains beside the student, as
+            ``torch.optim`` takes it: ``{"params": ..., "weight_decay": 0.0}``.
     """
 
     network: nn.Module
     name: str
     arguments: Mapping[str, Any]
-    parameters: Sequence[nn.Parameter]
+    parameter_groups: Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -166,6 +168,11 @@ class Method(ABC, Generic[SettingsT]):
         self.teacher = context.teacher
         self.student = context.student
         self.parts: dict[str, Stateful] = {}
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether the student's loss has the divergence, which is what KDCI compensates."""
+        return True
 
     @property
     def warmup_rounds(self) -> int:

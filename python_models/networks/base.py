@@ -245,3 +245,8 @@ class Classifier(nn.Module):
             f"{reason}. Derive it from python_models.networks.ImageNetwork, with `feature_dim`, "
             "`features` and `classify`"
         )
+
+
+def with_features(network: nn.Module) -> ImageNetwork | Classifier:
+    """Returns the network itself if it is an `ImageNetwork`, else one with its parts around it."""
+    return network if isinstance(network, ImageNetwork) else Classifier(network, (0.0,), (1.0,))
