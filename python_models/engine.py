@@ -30,9 +30,16 @@ from python_models.checkpoint import (
     first_not_finite,
     load_checkpoint,
     save_checkpoint,
+    write_atomically,
 )
 from python_models.config import DistillConfig, check, flatten, write_yaml
-from python_models.data import LabelledData, load_labelled, load_unlabelled
+from python_models.data import (
+    LabelledData,
+    LabelledImages,
+    UnlabelledImages,
+    load_labelled,
+    open_unlabelled,
+)
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.losses import kd_divergence
@@ -98,6 +105,7 @@ class Distillation:
         self.config = config
         self.device = device
         self.dataset = config.task.dataset or teacher.info.dataset
+        self.unlabelled: UnlabelledImages | None = None
         self.info = NetworkInfo(
             **{**asdict(teacher.info), "network": config.task.student, "arguments": {}}
         )
@@ -130,6 +138,7 @@ class Distillation:
                 epochs=config.training.epochs,
                 device=device,
                 randomness=self.randomness,
+                open_unlabelled=self._open_unlabelled,
                 load_unlabelled=self._load_unlabelled,
                 load_labelled=self._load_labelled,
             ),
@@ -159,15 +168,27 @@ class Distillation:
         self.step = 0
         self.is_round_open = False
 
-    def _load_unlabelled(self) -> Tensor:
+    def _open_unlabelled(self) -> UnlabelledImages:
         task = self.config.task
         assert task.unlabelled is not None
-        channels, size, _ = self.info.image_shape
-        return load_unlabelled(task.unlabelled, task.data_root, size, channels)
+        channels, _, size = self.info.image_shape
+        self.unlabelled = open_unlabelled(task.unlabelled, task.data_root, size, channels)
+        return self.unlabelled
+
+    def _load_unlabelled(self) -> Tensor:
+        return self._open_unlabelled().load()
 
     def _load_labelled(self) -> LabelledData:
         assert self.dataset is not None
-        return load_labelled(self.dataset, "train", self.config.task.data_root)
+        data = load_labelled(
+            self.dataset, "train", self.config.task.data_root, image_shape=self.info.image_shape
+        )
+        if not isinstance(data, LabelledData):
+            raise UserError(
+                f"method {self.config.method} keeps its training images in memory, but those of "
+                f"{self.dataset} are too many: {len(data)} of {list(data.image_shape)}"
+            )
+        return data
 
     def _build_kdci(self, default_prototypes: int) -> kdci_ext.KDCI | None:
         c = self.config.compensation
@@ -348,11 +369,13 @@ def distill(config: DistillConfig[Any]) -> RunResult:
         task.teacher, task.teacher_weights, task.dataset, data_root=task.data_root
     )
     run = Distillation(config, teacher, device)
-    test: LabelledData | None = None
+    test: LabelledImages | None = None
     if task.evaluate:
         if run.dataset is None:
             raise UserError("dataset is required to measure accuracy: give it or --no-evaluate")
-        test = load_labelled(run.dataset, "test", task.data_root)
+        test = load_labelled(
+            run.dataset, "test", task.data_root, image_shape=teacher.info.image_shape
+        )
         teacher.require_fit(test, run.dataset)
     path = output.out_dir or Path("runs") / "-".join(
         (
@@ -373,7 +396,7 @@ def distill(config: DistillConfig[Any]) -> RunResult:
 class _Session:
     """A `Distillation` with its folder, clock and reports."""
 
-    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledData | None) -> None:
+    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledImages | None) -> None:
         self.run = run
         self.folder = folder
         self.test = test
@@ -386,6 +409,9 @@ class _Session:
             self.rows, self.seconds = state["rows"], state["seconds"]
         else:
             run.prepare()
+        if run.unlabelled is not None and run.unlabelled.skipped.count:
+            write_atomically(folder.skipped, run.unlabelled.skipped.write)
+        run.unlabelled = None  # it may hold all candidates
 
     def finish(self) -> RunResult:
         """Run to the end, or to Ctrl-C."""

@@ -9,9 +9,14 @@ from python_models.data.augment import RandomCropFlip
 from python_models.data.datasets import DATASETS, NORMALISATION, DatasetSpec, dataset_spec
 from python_models.data.formats import CorruptDataError, MissingDataError
 from python_models.data.images import to_float, to_uint8
-from python_models.data.labelled import LabelledData, load_labelled
+from python_models.data.labelled import (
+    LabelledData,
+    LabelledFiles,
+    LabelledImages,
+    load_labelled,
+)
 from python_models.data.pool import ImagePool
-from python_models.data.unlabelled import load_unlabelled
+from python_models.data.unlabelled import UnlabelledImages, load_unlabelled, open_unlabelled
 
 __all__ = [
     "DATASETS",
@@ -20,11 +25,15 @@ __all__ = [
     "DatasetSpec",
     "ImagePool",
     "LabelledData",
+    "LabelledFiles",
+    "LabelledImages",
     "MissingDataError",
     "RandomCropFlip",
+    "UnlabelledImages",
     "dataset_spec",
     "load_labelled",
     "load_unlabelled",
+    "open_unlabelled",
     "to_float",
     "to_uint8",
 ]

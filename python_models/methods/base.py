@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from python_models.data import LabelledData
+from python_models.data import LabelledData, UnlabelledImages
 from python_models.networks import Classifier
 from python_models.randomness import Randomness
 from python_models.registry import Registry
@@ -64,7 +64,8 @@ class Context:
         epochs: Epochs of the run.
         device: Where all tensors live.
         randomness: Source of random streams.
-        load_unlabelled: Reads the images of a sampling method, uint8 ``[n, c, h, w]`` on the CPU.
+        open_unlabelled: Opens the images of a sampling method, to read them in one pass.
+        load_unlabelled: Reads them all, uint8 ``[n, c, h, w]`` on the CPU.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
     """
 
@@ -76,6 +77,7 @@ class Context:
     epochs: int
     device: torch.device
     randomness: Randomness
+    open_unlabelled: Callable[[], UnlabelledImages]
     load_unlabelled: Callable[[], Tensor]
     load_labelled: Callable[[], LabelledData]
 
