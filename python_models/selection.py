@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROOM = 2**20
+"""Numbers of new rows that there is room for at least."""
 COLUMNS = 16
 """Columns that are sorted at a time, since a sorted copy of them all would double the memory."""
 
@@ -14,7 +16,8 @@ class TopRows:
     """Keeps the rows of a stream that have the largest values, on the CPU.
 
     Of equal values the one of the lower position is kept. A row whose value is NaN or ``-inf`` is
-    never kept. In memory are the kept rows and room for a sixteenth of them, or 8192, besides.
+    never kept. In memory are the kept rows and, for new ones, room for a sixteenth of them or for
+    `ROOM` numbers.
 
     Args:
         count: Rows to keep at most.
@@ -35,10 +38,10 @@ class TopRows:
             if value < 1:
                 raise ValueError(f"{name}={value} must be >= 1")
         self.count = count
-        room = count + max(count // 16, 8192)
-        self._values = torch.empty(room)
-        self._positions = torch.empty(room, dtype=torch.int64)
-        self._rows = torch.empty(room, width)
+        size = count + max(count // 16, ROOM // width, 1)
+        self._values = torch.empty(size)
+        self._positions = torch.empty(size, dtype=torch.int64)
+        self._rows = torch.empty(size, width)
         self._used = 0
         self._least = -torch.inf
 
