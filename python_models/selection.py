@@ -8,7 +8,7 @@ from torch import Tensor
 
 ROOM = 2**20
 """Numbers of new rows that there is room for at least."""
-COLUMNS = 16
+COLUMNS = 4
 """Columns that are sorted at a time, since a sorted copy of them all would double the memory."""
 
 
