@@ -13,6 +13,7 @@ EPILOG = """\
 examples:
   kdci bench dictionary --quick              a minute, to see that everything works
   kdci bench dictionary --threads 1 --save   the figures of the README
+  kdci bench selection --save                memory of DFND's selection from a million images
   kdci bench readme                          the README's tables from the saved figures
 """
 
@@ -53,7 +54,13 @@ def main(words: Sequence[str]) -> None:
         "compensation", help="compensation, forward and backward", description="Measure it."
     )
     compensation.add_argument("--seconds", type=float, help="time for the rounds of a shape (4)")
-    for command in (dictionary, compensation):
+    selection = commands.add_parser(
+        "selection",
+        help="DFND's selection from a stream of logits",
+        description="Measure memory and speed of DFND's selection.",
+    )
+    selection.add_argument("--files", type=int, help="images in the stream (1000000)")
+    for command in (dictionary, compensation, selection):
         command.add_argument("--threads", type=int, default=1, help="threads of everyone (1)")
         command.add_argument("--quick", action="store_true", help="small shapes, a short time")
         command.add_argument(
@@ -61,7 +68,8 @@ def main(words: Sequence[str]) -> None:
             nargs="?",
             const="",
             metavar="NAME",
-            help="write benchmarks/results/NAME.csv and a plot (<benchmark>-<threads>-thread)",
+            help="write benchmarks/results/NAME.csv, a plot too where there is one "
+            "(<benchmark>-<threads>-thread, or selection)",
         )
     readme = commands.add_parser("readme", help="write the README's tables from saved figures")
     readme.add_argument("--check", action="store_true", help="only say whether they are those")
@@ -72,7 +80,8 @@ def main(words: Sequence[str]) -> None:
     if arguments.threads < 1:
         parser.error(f"--threads {arguments.threads} must be >= 1")
     pools.set_environment(arguments.threads)
-    (_dictionary if arguments.command == "dictionary" else _compensation)(arguments)
+    run = {"dictionary": _dictionary, "compensation": _compensation, "selection": _selection}
+    run[arguments.command](arguments)
 
 
 def _dictionary(arguments: argparse.Namespace) -> None:
@@ -176,6 +185,26 @@ def _compensation(arguments: argparse.Namespace) -> None:
     if arguments.save is not None:
         name = arguments.save or f"compensation-{arguments.threads}-thread"
         path = harness.RESULTS / f"{name}.csv"
+        harness.save(path, about, rows)
+        print(f"written to {path.relative_to(harness.ROOT)}")
+
+
+def _selection(arguments: argparse.Namespace) -> None:
+    from benchmarks import harness, selection
+
+    files = arguments.files or (selection.QUICK_FILES if arguments.quick else selection.FILES)
+    if files < 1:
+        raise ValueError(f"files={files} must be >= 1")
+    about = harness.header(arguments.threads, [], clock=_clock_name(arguments))
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    rows = []
+    for classes, select in selection.SHAPES:
+        row = selection.bench_shape(files, classes, select, arguments.threads)
+        print(selection.describe(row))
+        rows.append(row)
+    if arguments.save is not None:
+        path = harness.RESULTS / f"{arguments.save or 'selection'}.csv"
         harness.save(path, about, rows)
         print(f"written to {path.relative_to(harness.ROOT)}")
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of a peer beyond its input, in a fresh process for each.
+"""Peak memory of some work beyond its input, in a fresh process for each.
 
-The child makes the rows, runs the peer once on a tiny problem, so that its libraries and thread
-pools are resident, hands freed memory back to the system, and resets the kernel's high-water mark
-of its resident set (``/proc/self/clear_refs``). After one run on the rows the mark, less what was
-resident before, is what the run needed on top: its working memory and its result. Where the mark
-cannot be reset there is no figure. Two iterations are run: more need no more memory.
+The child prepares: it makes the input and runs the work once on a tiny one, so that libraries and
+thread pools are resident. It hands freed memory back to the system and resets the kernel's
+high-water mark of its resident set (``/proc/self/clear_refs``). After the work the mark, less what
+was resident before, is what the work needed on top: its working memory and its result. Where the
+mark cannot be reset there is no figure.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import gc
 import math
 import multiprocessing
 import re
+import warnings
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+from benchmarks import threads as pools
 
 
 def peak_mib(peer: str, n: int, d: int, k: int, q: int, threads: int) -> float:
-    """Measure a peer on teacher-like rows [n, d].
+    """Measure a peer on teacher-like rows [n, d]; two iterations, as more need no more memory.
 
     Returns:
         MiB, or NaN where it cannot be measured.
@@ -28,9 +33,28 @@ def peak_mib(peer: str, n: int, d: int, k: int, q: int, threads: int) -> float:
     Raises:
         RuntimeError: If the peer fails.
     """
+    return growth_mib(_prepare_peer, peer, n, d, k, q, threads, threads=threads)[0]
+
+
+def growth_mib(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any, threads: int
+) -> tuple[float, Any]:
+    """Measure how much the resident set of a fresh process grows at most during some work.
+
+    Args:
+        prepare: An importable function, called in the process; it returns the work.
+        *arguments: Its arguments.
+        threads: Threads of the process.
+
+    Returns:
+        MiB, or NaN where it cannot be measured, and what the work returned.
+
+    Raises:
+        RuntimeError: If the process fails.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_child, args=(theirs, peer, n, d, k, q, threads))
+    child = context.Process(target=_child, args=(theirs, prepare, arguments, threads))
     child.start()
     theirs.close()
     try:
@@ -39,39 +63,49 @@ def peak_mib(peer: str, n: int, d: int, k: int, q: int, threads: int) -> float:
         found = "its process died"
     child.join()
     if isinstance(found, str):
-        raise RuntimeError(f"{peer} failed when its memory was measured: {found}")
-    return float(found)
+        what = ", ".join(map(str, arguments))
+        raise RuntimeError(f"measuring the memory of {what} failed: {found}")
+    mib, result = found
+    return float(mib), result
 
 
-def _child(pipe: Connection, name: str, n: int, d: int, k: int, q: int, threads: int) -> None:
-    from benchmarks import threads as pools
-
+def _child(
+    pipe: Connection,
+    prepare: Callable[..., Callable[[], Any]],
+    arguments: tuple[Any, ...],
+    threads: int,
+) -> None:
     pools.set_environment(threads)
-    import warnings
-
     warnings.simplefilter("ignore")
     try:
-        from benchmarks.data import teacher_like_logits
-        from benchmarks.peers import PEERS, Problem
-
-        peer = next(p for p in PEERS if p.name == name)
-        reason = peer.absent()  # imports what it needs
-        if reason:
-            raise RuntimeError(reason)
-        pools.limit(threads)
-        peer.solve(Problem(teacher_like_logits(512, 16), 8, 8), 0)
-        problem = Problem(teacher_like_logits(n, d), k, q, max_iter=2)
+        work = prepare(*arguments)
         gc.collect()
         _return_freed_memory()
-        if not _reset_peak():
-            pipe.send(math.nan)
-            return
+        can_measure = _reset_peak()
         before = _status("VmRSS")
-        solution = peer.solve(problem, 0)
-        pipe.send((_status("VmHWM") - before) / 1024)
-        del solution
+        result = work()
+        growth = (_status("VmHWM") - before) / 1024 if can_measure else math.nan
+        pipe.send((growth, result))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _prepare_peer(name: str, n: int, d: int, k: int, q: int, threads: int) -> Callable[[], None]:
+    from benchmarks.data import teacher_like_logits
+    from benchmarks.peers import PEERS, Problem
+
+    peer = next(p for p in PEERS if p.name == name)
+    reason = peer.absent()  # imports what it needs
+    if reason:
+        raise RuntimeError(reason)
+    pools.limit(threads)
+    peer.solve(Problem(teacher_like_logits(512, 16), 8, 8), 0)
+    problem = Problem(teacher_like_logits(n, d), k, q, max_iter=2)
+
+    def work() -> None:
+        peer.solve(problem, 0)
+
+    return work
 
 
 def _return_freed_memory() -> None:

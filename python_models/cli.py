@@ -35,7 +35,7 @@ SettingsT = TypeVar("SettingsT")
 ConfigT = TypeVar("ConfigT")
 
 OPTIONAL_PACKAGES = frozenset(
-    {"tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "sklearn", "torchvision"}
+    {"tyro", "yaml", "safetensors", "tqdm", "matplotlib", "PIL", "scipy", "sklearn", "torchvision"}
 )
 
 USAGE = """\

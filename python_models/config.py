@@ -178,11 +178,14 @@ class TrainTeacherConfig:
     network_args: Arguments = field(default_factory=dict)
     """Arguments of a network of your own, as NAME=VALUE."""
     dataset: str | None = None
-    """Labelled dataset (see: kdci list datasets) or an .npz file."""
+    """Labelled dataset (see: kdci list datasets), an .npz file, or a folder of train/CLASS/ and
+    test/CLASS/."""
     data_root: Path = Path("data")
     """Folder that holds the datasets."""
     download: bool = False
     """Download the dataset if it is not there."""
+    image_size: int | None = None
+    """Height and width that images in folders are brought to; by default the dataset's own."""
     epochs: int = 200
     """Number of epochs."""
     batch_size: int = 128
@@ -223,7 +226,7 @@ class EvaluateConfig:
     input: InputConfig = field(default_factory=InputConfig)
     dataset: str | None = None
     """Labelled dataset; by default the one that the file names."""
-    split: Literal["test", "train"] = "test"
+    split: Literal["test", "train", "valid"] = "test"
     """Part of the dataset."""
     data_root: Path = Path("data")
     """Folder that holds the datasets."""

@@ -30,9 +30,17 @@ from python_models.checkpoint import (
     first_not_finite,
     load_checkpoint,
     save_checkpoint,
+    write_atomically,
 )
 from python_models.config import DistillConfig, check, flatten, write_yaml
-from python_models.data import LabelledData, load_labelled, load_unlabelled, to_float
+from python_models.data import (
+    LabelledData,
+    LabelledImages,
+    UnlabelledImages,
+    load_labelled,
+    open_unlabelled,
+    to_float,
+)
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.losses import batch_norm_layers, kd_divergence
@@ -109,6 +117,7 @@ class Distillation:
         self.config = config
         self.device = device
         self.dataset = config.task.dataset or teacher.info.dataset
+        self.unlabelled: UnlabelledImages | None = None
         self.info = NetworkInfo(
             **{
                 **asdict(teacher.info),
@@ -155,6 +164,7 @@ class Distillation:
                 epochs=config.training.epochs,
                 device=device,
                 randomness=self.randomness,
+                open_unlabelled=self._open_unlabelled,
                 load_unlabelled=self._load_unlabelled,
                 load_labelled=self._load_labelled,
             ),
@@ -224,15 +234,26 @@ class Distillation:
                     f"use a method that needs logits alone ({', '.join(others)})"
                 ) from error
 
-    def _load_unlabelled(self) -> Tensor:
+    def _open_unlabelled(self) -> UnlabelledImages:
         task = self.config.task
         assert task.unlabelled is not None
-        channels, size, _ = self.info.image_shape
-        return load_unlabelled(task.unlabelled, task.data_root, size, channels)
+        channels, _, size = self.info.image_shape
+        self.unlabelled = open_unlabelled(task.unlabelled, task.data_root, size, channels)
+        return self.unlabelled
+
+    def _load_unlabelled(self) -> Tensor:
+        return self._open_unlabelled().load()
 
     def _load_labelled(self) -> LabelledData:
         assert self.dataset is not None
-        data = load_labelled(self.dataset, "train", self.config.task.data_root)
+        data = load_labelled(
+            self.dataset, "train", self.config.task.data_root, image_shape=self.info.image_shape
+        )
+        if not isinstance(data, LabelledData):
+            raise UserError(
+                f"method {self.config.method} keeps its training images in memory, but those of "
+                f"{self.dataset} are too many: {len(data)} of {list(data.image_shape)}"
+            )
         self._loaded_teacher.require_fit(data, self.dataset)
         return data
 
@@ -503,11 +524,13 @@ def distill(config: DistillConfig[Any]) -> RunResult:
         given=config.input,
     )
     run = Distillation(config, teacher, device)
-    test: LabelledData | None = None
+    test: LabelledImages | None = None
     if task.evaluate:
         if run.dataset is None:
             raise UserError("dataset is required to measure accuracy: give it or --no-evaluate")
-        test = load_labelled(run.dataset, "test", task.data_root)
+        test = load_labelled(
+            run.dataset, "test", task.data_root, image_shape=teacher.info.image_shape
+        )
         teacher.require_fit(test, run.dataset)
     path = output.out_dir or Path("runs") / "-".join(
         (
@@ -528,7 +551,7 @@ def distill(config: DistillConfig[Any]) -> RunResult:
 class _Session:
     """A `Distillation` with its folder, clock and reports."""
 
-    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledData | None) -> None:
+    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledImages | None) -> None:
         self.run = run
         self.folder = folder
         self.test = test
@@ -545,6 +568,9 @@ class _Session:
             self.peak_memory_mb = state.get("peak_memory_mb", 0.0)
         else:
             run.prepare()
+        if run.unlabelled is not None and run.unlabelled.skipped.count:
+            write_atomically(folder.skipped, run.unlabelled.skipped.write)
+        run.unlabelled = None  # it may hold all candidates
 
     def finish(self) -> RunResult:
         """Run to the end, or to Ctrl-C."""

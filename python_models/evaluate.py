@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from python_models.config import EvaluateConfig
-from python_models.data import LabelledData, load_labelled, to_float
+from python_models.data import LabelledImages, load_labelled
 from python_models.errors import UserError
 
 LogitsFunction = Callable[[Tensor], Tensor]
@@ -18,7 +18,7 @@ LogitsFunction = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def accuracies(
     network: nn.Module,
-    data: LabelledData,
+    data: LabelledImages,
     device: torch.device,
     *,
     heads: Mapping[str, LogitsFunction] | None = None,
@@ -40,17 +40,17 @@ def accuracies(
     correct = {name: torch.zeros((), dtype=torch.int64, device=device) for name in heads}
     training = network.training
     network.eval()
-    for images, labels in zip(
-        torch.split(data.images, batch_size), torch.split(data.labels, batch_size), strict=True
-    ):
-        logits = network(to_float(images.to(device)))
+    total = 0
+    for images, labels in data.batches(batch_size, device=device):
+        logits = network(images)
         for name, head in heads.items():
-            correct[name] += (head(logits).argmax(1) == labels.to(device)).sum()
+            correct[name] += (head(logits).argmax(1) == labels).sum()
+        total += len(labels)
     network.train(training)
-    return {name: 100.0 * count.item() / len(data.labels) for name, count in correct.items()}
+    return {name: 100.0 * count.item() / total for name, count in correct.items()}
 
 
-def accuracy(network: nn.Module, data: LabelledData, device: torch.device) -> float:
+def accuracy(network: nn.Module, data: LabelledImages, device: torch.device) -> float:
     """Return a network's accuracy in percent."""
     return accuracies(network, data, device)["plain"]
 
@@ -85,7 +85,9 @@ def evaluate(config: EvaluateConfig) -> float:
     dataset = config.dataset or loaded.info.dataset
     if dataset is None:
         raise UserError("dataset is required: the network's file does not name one")
-    data = load_labelled(dataset, config.split, config.data_root)
+    data = load_labelled(
+        dataset, config.split, config.data_root, image_shape=loaded.info.image_shape
+    )
     loaded.require_fit(data, dataset)
     return accuracies(loaded.classifier.to(device), data, device, batch_size=config.batch_size)[
         "plain"

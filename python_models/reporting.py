@@ -54,6 +54,7 @@ class RunFolder:
         "checkpoints",
         "images.png",
         "class_proportions.png",
+        "skipped.txt",
         "student.safetensors",
         "teacher.safetensors",
     )
@@ -111,6 +112,11 @@ class RunFolder:
     def class_proportions(self) -> Path:
         """Picture of how often the teacher sees each class in them."""
         return self.path / "class_proportions.png"
+
+    @property
+    def skipped(self) -> Path:
+        """The image files that could not be used, if there are any."""
+        return self.path / "skipped.txt"
 
     def weights(self, role: str) -> Path:
         """Return the file of the trained network, a ``student`` or ``teacher``."""

@@ -28,7 +28,7 @@ from python_models.checkpoint import (
 from python_models.config import InputConfig, TrainTeacherConfig, flatten, write_yaml
 from python_models.data import (
     NORMALISATION,
-    LabelledData,
+    LabelledImages,
     RandomCropFlip,
     dataset_spec,
     load_labelled,
@@ -51,13 +51,13 @@ class LoadedNetwork:
     classifier: Classifier
     info: NetworkInfo
 
-    def require_fit(self, data: LabelledData, dataset: str) -> None:
+    def require_fit(self, data: LabelledImages, dataset: str) -> None:
         """Check that a dataset has the network's classes and image shape.
 
         Raises:
             UserError: If not.
         """
-        shape = tuple(data.images.shape[1:])
+        shape = data.image_shape
         if data.num_classes != self.info.num_classes or shape != self.info.image_shape:
             raise UserError(
                 f"dataset {dataset} has {data.num_classes} classes of images {list(shape)}, but "
@@ -288,17 +288,32 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
     """
     if config.dataset is None:
         raise UserError("dataset is required: see `kdci list datasets`")
-    for name, value in (("epochs", config.epochs), ("batch_size", config.batch_size)):
-        if value < 1:
+    for name, value in (
+        ("epochs", config.epochs),
+        ("batch_size", config.batch_size),
+        ("image_size", config.image_size),
+    ):
+        if value is not None and value < 1:
             raise UserError(f"{name}={value} must be >= 1")
     device = resolve_device(config.device)
-    train = load_labelled(config.dataset, "train", config.data_root, download=config.download)
-    test = load_labelled(config.dataset, "test", config.data_root, download=config.download)
     spec = dataset_spec(config.dataset, config.data_root)
+    if config.image_size is not None and not spec.is_folder:
+        raise UserError(
+            f"image_size={config.image_size} is for images in folders; those of {config.dataset} "
+            "have a size of their own: leave it out"
+        )
+    size = config.image_size or spec.image_size
+    train, test = (
+        load_labelled(
+            *(config.dataset, split, config.data_root, config.download),
+            image_shape=(spec.channels, size, size),
+        )
+        for split in ("train", "test")
+    )
     info = NetworkInfo(
         config.network,
         train.num_classes,
-        tuple(train.images.shape[1:]),  # type: ignore[arg-type]
+        train.image_shape,
         tuple(spec.normalisation[0]),
         tuple(spec.normalisation[1]),
         config.dataset,
@@ -347,16 +362,17 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
         for epoch in range(first_epoch, config.epochs):
             classifier.train()
             order = torch.randperm(len(train.labels), generator=order_stream)
-            for step, chosen in enumerate(torch.split(order, config.batch_size)):
-                # A single image has no batch statistics.
-                if len(chosen) == 1 < steps:
+            batches = train.select(torch.split(order, config.batch_size))
+            for step, (images, labels) in enumerate(batches):
+                # A single image has no batch statistics; none are left where all are unreadable.
+                if not len(labels) or len(labels) == 1 < steps:
                     continue
                 done = (epoch * steps + step) / (config.epochs * steps)
                 set_learning_rate(optimizer, learning_rate("cosine", config.lr, done))
-                images = to_float(train.images[chosen].to(device))
+                images = to_float(images.to(device))
                 if augment is not None:
                     images = augment(images, augment_stream)
-                loss = F.cross_entropy(classifier(images), train.labels[chosen].to(device))
+                loss = F.cross_entropy(classifier(images), labels.to(device))
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets, unlabelled sources, augmentation and the image pool, on tiny generated files."""
+"""Array datasets, augmentation and the image pool, on tiny generated files."""
 
 import builtins
 import gzip
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_data import idx_bytes, random_images, write_idx_split, write_npz
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +32,6 @@ from python_models.data import (
     RandomCropFlip,
     dataset_spec,
     load_labelled,
-    load_unlabelled,
     to_float,
     to_uint8,
 )
@@ -48,25 +48,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 # --- files -----------------------------------------------------------------------------------
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    return (
-        bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + bytes(array)
-    )
-
-
-def write_idx_split(
-    folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray, suffix: str = ""
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    pack = gzip.compress if suffix == ".gz" else bytes
-    (folder / f"{prefix}-images-idx3-ubyte{suffix}").write_bytes(pack(idx_bytes(images)))
-    (folder / f"{prefix}-labels-idx1-ubyte{suffix}").write_bytes(pack(idx_bytes(labels)))
-
-
-def random_images(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 GREY = random_images(6, 28, 28)
@@ -167,12 +148,6 @@ def test_pickles_reach_no_builtins(tmp_path: Path, name: str) -> None:
     path.write_bytes(pickle.dumps({b"data": getattr(builtins, name)}))
     with pytest.raises(CorruptDataError, match="not allowed"):
         read_pickle(path)
-
-
-def write_npz(path: Path, images: np.ndarray, labels: Any = None, **others: Any) -> None:
-    if labels is not None:
-        others["labels"] = labels
-    np.savez_compressed(path, images=images, **others)
 
 
 @pytest.mark.parametrize("dataset", ["toy", "toy.npz", "toy_train.npz", "toy_test.npz"])
@@ -477,6 +452,10 @@ def test_reading_a_spec_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
         "cifar100": 100,
         "mnist": 10,
         "fashion-mnist": 10,
+        "svhn": 10,
+        "tiny-imagenet": 200,
+        "imagenet": 1000,
+        "cinic10": 10,
         "digits": 10,
     }
 
@@ -557,111 +536,7 @@ def test_bytes_and_floats() -> None:
             convert(torch.zeros(3).long())
 
 
-# --- unlabelled sources ----------------------------------------------------------------------
-
-
-def save_image(path: Path, array: np.ndarray) -> None:
-    pillow = pytest.importorskip("PIL.Image")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pillow.fromarray(array).save(path)
-
-
-def test_folder_of_images(tmp_path: Path) -> None:
-    grey = np.full((10, 20), 100, dtype=np.uint8)
-    red = np.zeros((20, 10, 3), dtype=np.uint8)
-    red[..., 0] = 255
-    save_image(tmp_path / "photos/b/grey.png", grey)
-    save_image(tmp_path / "photos/a/deep/er/RED.BMP", red)
-    save_image(tmp_path / "photos/c/wide.jpg", np.full((64, 200, 3), 50, dtype=np.uint8))
-    save_image(tmp_path / "photos/.cache/hidden.png", grey)
-    (tmp_path / "photos/notes.txt").write_text("not an image")
-    images = load_unlabelled("photos", tmp_path, 8, 3)
-    assert (images.dtype, images.shape) == (torch.uint8, (3, 3, 8, 8))
-    assert images[0, :, 4, 4].tolist() == [255, 0, 0]
-    assert (images[1] == 100).all()
-    assert (images[2].int() - 50).abs().max() <= 1
-    as_grey = load_unlabelled(tmp_path / "photos", "/nowhere", 8, 1)
-    assert as_grey.shape == (3, 1, 8, 8)
-    assert as_grey[:, 0, 4, 4].tolist()[:2] == [76, 100]  # the luma of red
-    assert load_unlabelled("photos", tmp_path, 8, 3, limit=2).shape == (2, 3, 8, 8)
-
-
-def test_folder_images_are_cut_at_the_centre(tmp_path: Path) -> None:
-    array = np.zeros((8, 24), dtype=np.uint8)
-    array[:, 8:16] = 200
-    save_image(tmp_path / "image.png", array)
-    assert (load_unlabelled(tmp_path, "", 8, 1) == 200).all()
-
-
-def test_folder_links_are_followed_once(tmp_path: Path) -> None:
-    save_image(tmp_path / "elsewhere/image.png", GREY[0])
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "photos")
-    assert len(load_unlabelled("photos", tmp_path, 8, 1)) == 1
-
-
-def test_broken_images_are_left_out_with_one_warning(tmp_path: Path) -> None:
-    for i in range(3):
-        save_image(tmp_path / f"{i}.png", GREY[i])
-    whole = (tmp_path / "0.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "page.jpg").write_text("<html>")
-    with pytest.warns(UserWarning, match=r"left out 2 of 5 images .*cut\.png") as caught:
-        images = load_unlabelled(tmp_path, "", 28, 1)
-    assert len(caught) == 1
-    assert torch.equal(images[:, 0], torch.from_numpy(GREY[:3]))
-
-
-def test_a_folder_without_pillow_asks_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "image.png").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ModuleNotFoundError, match="PIL"):
-        load_unlabelled(tmp_path, "", 8, 3)
-
-
-def test_sources_without_images(tmp_path: Path) -> None:
-    pytest.importorskip("PIL")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(MissingDataError, match=r"empty: holds no images \(\.png, "):
-        load_unlabelled("empty", tmp_path, 8, 3)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.png").write_text("no")
-    with pytest.raises(CorruptDataError, match=r"none of the 1 images can be read.*a\.png"):
-        load_unlabelled("broken", tmp_path, 8, 3)
-    with pytest.raises(MissingDataError, match=r"'nothing' is neither a dataset \(cifar10, "):
-        load_unlabelled("nothing", tmp_path, 8, 3)
-
-
-def test_unlabelled_npz(tmp_path: Path) -> None:
-    write_npz(tmp_path / "bare.npz", COLOUR)  # no labels
-    write_npz(tmp_path / "toy_train.npz", GREY, ["labels", "may", "be", "what", "they", "like"])
-    images = load_unlabelled("bare.npz", tmp_path, 8, 3)
-    assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(COLOUR))
-    images = load_unlabelled("toy", tmp_path, 28, 3)
-    assert torch.equal(images, torch.from_numpy(GREY)[:, None].expand(-1, 3, -1, -1))
-
-
-def test_unlabelled_dataset_is_its_train_split(tmp_path: Path) -> None:
-    write_idx_split(tmp_path / "MNIST/raw", "train", GREY, GREY_LABELS)
-    images = load_unlabelled("mnist", tmp_path, 32, 3, limit=3)
-    assert images.shape == (3, 3, 32, 32)
-    assert torch.equal(images[:, 0, 2:-2, 2:-2], torch.from_numpy(GREY[[0, 2, 4]]))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, 3, None), "image_size=0 must be at least 1"),
-        ((8, 2, None), "channels=2 must be 1"),
-        ((8, 3, 0), "limit=0 must be at least 1"),
-    ],
-)
-def test_unlabelled_arguments(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_unlabelled("digits", "", *arguments)
+# --- sizes and channels -----------------------------------------------------------------------
 
 
 @given(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_task import CLASSES, METHOD_SETTINGS, make_task, rebuild, start, tiny_config
-from torch import Tensor, nn
+from torch import Tensor
 
 import python_models.data.labelled
 from python_models import losses
@@ -22,8 +22,7 @@ from python_models.engine import distill
 from python_models.errors import DivergenceError, UserError
 from python_models.methods import METHODS
 from python_models.methods.base import Method
-from python_models.methods.dfnd import select_confident
-from python_models.networks import Classifier, build_network
+from python_models.networks import build_network
 from python_models.teacher import load_network
 
 GENERATING = [
@@ -219,95 +218,6 @@ def test_methods_that_need_batch_norm_say_so(tmp_path: Path) -> None:
     task = make_task(tmp_path, network="lenet5_half")
     with pytest.raises(ValueError, match="no BatchNorm layer with running statistics"):
         start(task, "fast")
-
-
-class Confident(nn.Module):
-    """Logits that grow with the image's mean."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        level = images.mean((1, 2, 3))
-        return torch.stack([4 * level, 1 - level], dim=1)
-
-
-@pytest.mark.parametrize("count", [1, 7, 20, 100])
-def test_selection_is_that_of_the_whole_sorted_set(count: int) -> None:
-    images = torch.randint(0, 256, (41, 1, 4, 4), dtype=torch.uint8)
-    images[30] = images[3]
-    teacher = Classifier(Confident(), (0.0,), (1.0,))
-    found, logits, mean = select_confident(images.split(5), teacher, count, torch.device("cpu"))
-    confidence = teacher(to_float(images)).softmax(1).amax(1)
-    order = sorted(range(41), key=lambda i: (-confidence[i].item(), i))
-    assert found.tolist() == order[:count]
-    torch.testing.assert_close(logits, teacher(to_float(images[found])))
-    assert mean == pytest.approx(confidence.mean().item(), rel=1e-5)
-
-
-def test_selection_takes_images_without_a_confidence_last() -> None:
-    class Broken(Confident):
-        def forward(self, images: Tensor) -> Tensor:
-            logits = super().forward(images)
-            logits[:2] = torch.nan
-            return logits
-
-    teacher = Classifier(Broken(), (0.0,), (1.0,))
-    images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
-    found, *_ = select_confident([images], teacher, 7, torch.device("cpu"))
-    assert sorted(found.tolist()) == list(range(2, 9))
-
-
-@pytest.mark.parametrize(
-    ("form", "weight", "temperature"), [("code", 1.0, 4.0), ("paper", 4.0, 1.0)]
-)
-def test_dfnd_student_losses(
-    form: str, weight: float, temperature: float, task: dict[str, Any]
-) -> None:
-    run = start(task, "dfnd", kdci=False, kd_weight=weight, temperature=temperature, diagonal=0.9)
-    run.prepare()
-    method: Any = run.method
-    batch = method.next_batch()
-    t = run._teacher_logits(batch)
-    found = method.student_losses(batch, run._divergence)
-    s = run.student(batch.images)
-    q = torch.full((CLASSES, CLASSES), 0.1 / (CLASSES - 1)).fill_diagonal_(0.9)  # theta = 0
-    adapted = (s.softmax(1) @ q)[torch.arange(len(t)), t.argmax(1)]
-    assert found["noise"].item() == pytest.approx(-adapted.log().mean().item(), rel=1e-4)
-    p = (t / temperature).softmax(1)
-    kl = (p * (p.log() - (s / temperature).log_softmax(1))).sum() / len(t)
-    assert found["kd"].item() == pytest.approx(weight * temperature**2 * kl.item(), rel=1e-3)
-
-
-def test_dfnd_estimates_its_diagonal_from_all_unlabelled_images(task: dict[str, Any]) -> None:
-    run = start(task, "dfnd")
-    candidates = run._load_unlabelled()
-    run.prepare()
-    method: Any = run.method
-    assert len(method.images) < len(candidates)
-    with torch.no_grad():
-        confidence = run.teacher(to_float(candidates)).softmax(1).amax(1).mean().item()
-    assert method.diagonal == pytest.approx(confidence, rel=1e-5)
-    before = method.theta.detach().clone()
-    run.advance()
-    assert not torch.equal(method.theta, before)
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 1.5])
-def test_dfnd_refuses_an_impossible_diagonal(value: float, task: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"diagonal={value} must lie between 0 and 1"):
-        start(task, "dfnd", diagonal=value)
-
-
-def test_dfnd_goes_through_its_images_without_repetition(task: dict[str, Any]) -> None:
-    run = start(task, "dfnd", batch_size=10, crop=0, flip=False)
-    run.prepare()
-    seen = torch.cat([run.method.next_batch().images for _ in range(3)])
-    expected = to_float(run.method.images)  # type: ignore[attr-defined]
-    assert torch.equal(seen.flatten(1).sum(1).sort()[0], expected.flatten(1).sum(1).sort()[0])
-    assert run.steps_per_epoch == 3
-
-
-def test_sampling_needs_images(task: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="--unlabelled"):
-        start(task, "dfnd", unlabelled=None)
 
 
 def test_generator_methods_have_no_pass_over_images(task: dict[str, Any]) -> None:

@@ -14,9 +14,14 @@ from python_models.data.bank import FeatureBank
 from python_models.data.datasets import DATASETS, NORMALISATION, DatasetSpec, dataset_spec
 from python_models.data.formats import CorruptDataError, MissingDataError
 from python_models.data.images import to_float, to_uint8
-from python_models.data.labelled import LabelledData, load_labelled
+from python_models.data.labelled import (
+    LabelledData,
+    LabelledFiles,
+    LabelledImages,
+    load_labelled,
+)
 from python_models.data.pool import ImagePool
-from python_models.data.unlabelled import load_unlabelled
+from python_models.data.unlabelled import UnlabelledImages, load_unlabelled, open_unlabelled
 
 __all__ = [
     "DATASETS",
@@ -26,13 +31,17 @@ __all__ = [
     "FeatureBank",
     "ImagePool",
     "LabelledData",
+    "LabelledFiles",
+    "LabelledImages",
     "MissingDataError",
     "RandomCropFlip",
     "RandomResizedCropFlip",
     "RandomRollFlip",
+    "UnlabelledImages",
     "dataset_spec",
     "load_labelled",
     "load_unlabelled",
+    "open_unlabelled",
     "to_float",
     "to_uint8",
 ]

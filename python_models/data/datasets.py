@@ -13,6 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from python_models.data.folders import (
+    SPLIT_FOLDERS,
+    ImageFiles,
+    class_names_of,
+    guess_image_shape,
+    read_class_folders,
+    read_tiny_imagenet_val,
+    splits_of,
+)
 from python_models.data.formats import (
     CorruptDataError,
     MissingDataError,
@@ -21,6 +30,7 @@ from python_models.data.formats import (
     read_idx,
     read_npz,
     read_npz_header,
+    read_svhn,
 )
 from python_models.data.images import fit
 from python_models.registry import Registry
@@ -36,7 +46,10 @@ NORMALISATION: dict[str, Normalisation] = {
     "mnist": ((0.1307,), (0.3081,)),
     "fashion-mnist": ((0.2860,), (0.3530,)),
     "digits": ((0.3053,), (0.3235,)),
+    "svhn": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "tiny-imagenet": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cinic10": ((0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
 }
 """Normalisations by dataset, "default" for all others (to [-1, 1]), and "none"."""
 
@@ -49,14 +62,19 @@ class DatasetSpec:
         name: its name on the command line.
         channels: 1 grey, 3 colour.
         image_size: height and width of the images as handed out; smaller ones are padded with 0.
-        class_names: one name per class.
+        class_names: one name per class; numbers where only the files tell.
         normalisation: the usual mean and standard deviation.
         layouts: `(data_root, split)` to sets of files, best first; the first set that is complete
-            is the split. A file may also be there with ".gz" appended.
-        parse: `(files, split)` to the images and labels.
+            is the split. A file may also be there with ".gz" appended. A set of one folder, where
+            `is_folder`.
+        parse: `(files, split)` to the images and labels, or where they are.
         torchvision: the class of `torchvision.datasets` that downloads it, if there is one.
         where: where to get it by hand.
         classes_inferred: the classes were counted in one split; the other may have more.
+        is_folder: the images are files of their own, which are opened when they are needed and
+            brought to any shape.
+        crop: the centred square of such images that is kept, as a fraction of the shorter side.
+        splits: the parts that there are.
     """
 
     name: str
@@ -65,10 +83,13 @@ class DatasetSpec:
     class_names: tuple[str, ...]
     normalisation: Normalisation
     layouts: Callable[[Path, str], list[list[Path]]]
-    parse: Callable[[Sequence[Path], str], RawImages]
+    parse: Callable[[Sequence[Path], str], RawImages | ImageFiles]
     torchvision: str | None = None
     where: str = ""
     classes_inferred: bool = False
+    is_folder: bool = False
+    crop: float = 1.0
+    splits: tuple[str, ...] = ("train", "test")
 
     @property
     def num_classes(self) -> int:
@@ -84,14 +105,15 @@ def dataset_spec(dataset: str, data_root: str | Path = ".") -> DatasetSpec:
     """Describes a dataset without opening its images.
 
     Args:
-        dataset: a name in `DATASETS` (no file is opened), or an .npz as in `load_labelled` (the
+        dataset: a name in `DATASETS` (no file is opened), an .npz as in `load_labelled` (the
             labels and the images' header of its test split are read, of its train split if there
-            is no test split).
-        data_root: a relative .npz is looked for here if it is not in the working directory.
+            is no test split), or a folder as in `load_labelled` (folders are listed, and the
+            headers of a few of these images read).
+        data_root: a relative path is looked for here if it is not in the working directory.
 
     Raises:
         ValueError: for an unknown name; the message gives the nearest ones.
-        MissingDataError: for an .npz that is not there.
+        MissingDataError: for an .npz or a folder that is not there.
         CorruptDataError: for an .npz that is damaged or has images that are not square.
 
     Example:
@@ -103,6 +125,10 @@ def dataset_spec(dataset: str, data_root: str | Path = ".") -> DatasetSpec:
     files = {split: npz_path(dataset, split, data_root) for split in ("test", "train")}
     path = next((path for path in files.values() if path.is_file()), None)
     if path is None:
+        places = (Path(dataset).expanduser(), Path(data_root).expanduser() / dataset)
+        folder = next((place for place in places if place.is_dir()), None)
+        if folder is not None:
+            return _folder_spec(dataset, folder)
         if dataset.endswith(".npz") or "/" in dataset:
             alone = files["test"].with_name(Path(dataset).name)
             rename = f" ({alone} has no split: rename it to one of these)" * alone.is_file()
@@ -114,7 +140,8 @@ def dataset_spec(dataset: str, data_root: str | Path = ".") -> DatasetSpec:
             return DATASETS.get(dataset)
         except ValueError as error:
             raise ValueError(
-                f"{error}; or the path NAME.npz for NAME_train.npz and NAME_test.npz"
+                f"{error}; or the path NAME.npz for NAME_train.npz and NAME_test.npz, or a folder "
+                f"with train/<class>/ and test/<class>/"
             ) from None
     header = read_npz_header(path)
     height, width = header.image_size
@@ -144,6 +171,28 @@ def npz_path(dataset: str, split: str, data_root: str | Path = ".") -> Path:
     there = Path(data_root).expanduser() / here
     is_here = any(Path(f"{here}_{each}.npz").is_file() for each in ("train", "test"))
     return Path(f"{here if is_here else there}_{split}.npz")
+
+
+def _folder_spec(dataset: str, folder: Path) -> DatasetSpec:
+    """Describes images in folders by class, in folders by split."""
+    class_names = class_names_of(folder)
+    splits = splits_of(folder)
+    channels, image_size = guess_image_shape(splits.get("test", folder / "train"))
+
+    def parse(files: Sequence[Path], split: str) -> ImageFiles:
+        return read_class_folders(files[0], class_names)
+
+    return DatasetSpec(
+        name=dataset,
+        channels=channels,
+        image_size=image_size,
+        class_names=class_names,
+        normalisation=NORMALISATION["default"],
+        layouts=lambda root, split: [[folder / name] for name in SPLIT_FOLDERS[split]],
+        parse=parse,
+        is_folder=True,
+        splits=tuple(SPLIT_FOLDERS),
+    )
 
 
 def _cifar_layouts(
@@ -203,6 +252,27 @@ def _parse_idx(name: str) -> Callable[[Sequence[Path], str], RawImages]:
         )
 
     return parse
+
+
+def _folder_layouts(
+    bases: Sequence[str], folders: dict[str, str]
+) -> Callable[[Path, str], list[list[Path]]]:
+    return lambda root, split: [[root / base / folders[split]] for base in (*bases, "")]
+
+
+def _parse_folders(files: Sequence[Path], split: str) -> ImageFiles:
+    return read_class_folders(files[0])
+
+
+def _parse_tiny_imagenet(files: Sequence[Path], split: str) -> ImageFiles:
+    annotations = files[0] / "val_annotations.txt"
+    if annotations.is_file():
+        return read_tiny_imagenet_val(files[0], annotations)
+    return read_class_folders(files[0])  # many sort the images into folders
+
+
+def _parse_cinic10(files: Sequence[Path], split: str) -> ImageFiles:
+    return read_class_folders(files[0], _CIFAR10_NAMES)
 
 
 def _parse_digits(files: Sequence[Path], split: str) -> RawImages:
@@ -297,6 +367,65 @@ for _spec in (
             "https://github.com/zalandoresearch/fashion-mnist, or on Debian and Ubuntu "
             "`apt-get install dataset-fashion-mnist`"
         ),
+    ),
+    DatasetSpec(
+        name="svhn",
+        channels=3,
+        image_size=32,
+        class_names=_DIGIT_NAMES,
+        normalisation=NORMALISATION["svhn"],
+        layouts=lambda root, split: [
+            [root / base / f"{split}_32x32.mat"] for base in ("svhn", "SVHN", "")
+        ],
+        parse=lambda files, split: read_svhn(files[0]),
+        torchvision="SVHN",
+        where="http://ufldl.stanford.edu/housenumbers/ (format 2)",
+        splits=("train", "test", "extra"),
+    ),
+    DatasetSpec(
+        name="tiny-imagenet",
+        channels=3,
+        image_size=64,
+        class_names=tuple(map(str, range(200))),
+        normalisation=NORMALISATION["tiny-imagenet"],
+        # The labels of its test images are not public.
+        layouts=_folder_layouts(["tiny-imagenet-200"], {"train": "train", "test": "val"}),
+        parse=_parse_tiny_imagenet,
+        where="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        is_folder=True,
+    ),
+    DatasetSpec(
+        name="imagenet",
+        channels=3,
+        image_size=224,
+        class_names=tuple(map(str, range(1000))),
+        normalisation=NORMALISATION["imagenet"],
+        layouts=_folder_layouts(
+            ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"],
+            {"train": "train", "test": "val"},
+        ),
+        parse=_parse_folders,
+        where=(
+            "https://image-net.org/download.php (ILSVRC2012); torchvision.datasets.ImageNet sorts "
+            "the validation images into folders"
+        ),
+        is_folder=True,
+        crop=0.875,
+    ),
+    DatasetSpec(
+        name="cinic10",
+        channels=3,
+        image_size=32,
+        class_names=_CIFAR10_NAMES,
+        normalisation=NORMALISATION["cinic10"],
+        layouts=_folder_layouts(
+            ["CINIC-10", "cinic-10", "cinic10"],
+            {"train": "train", "valid": "valid", "test": "test"},
+        ),
+        parse=_parse_cinic10,
+        where="https://datashare.ed.ac.uk/handle/10283/3192",
+        is_folder=True,
+        splits=("train", "valid", "test"),
     ),
     DatasetSpec(
         name="digits",

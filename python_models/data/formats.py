@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of the file formats that image datasets come in; damage is reported with its mend."""
+"""Readers of the array files that image datasets come in; damage is reported with its mend."""
 
 import gzip
+import importlib
 import io
 import math
 import pickle
@@ -157,6 +158,36 @@ def read_cifar_batch(path: Path, label_key: str) -> RawImages:
         )
     labels = _read_labels(path, content[label_key], len(data), _FETCH_AGAIN)
     return RawImages(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), labels)
+
+
+def read_svhn(path: Path) -> RawImages:
+    """Reads a MATLAB file of SVHN: "X" uint8 [32, 32, 3, n] and "y" [n, 1] in 1..10, 10 for zero.
+
+    Raises:
+        CorruptDataError: if a part is absent or of another type or size.
+    """
+    matlab = importlib.import_module("scipy.io")
+    data = io.BytesIO(read_bytes(path))
+    try:
+        content = matlab.loadmat(data, variable_names=["X", "y"])
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise CorruptDataError(
+            f"{path}: not a readable MATLAB file ({error}): {_FETCH_AGAIN}"
+        ) from error
+    absent = {"X", "y"} - content.keys()
+    if absent:
+        raise CorruptDataError(f"{path}: has no {sorted(absent)}: {_FETCH_AGAIN}")
+    images = content["X"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
+        raise CorruptDataError(
+            f"{path}: 'X' must be uint8 [32, 32, 3, n], got {_describe(images)}: {_FETCH_AGAIN}"
+        )
+    labels = _read_labels(path, content["y"].reshape(-1), images.shape[3], _FETCH_AGAIN)
+    if len(labels) and int(labels.max()) > 10:
+        raise CorruptDataError(
+            f"{path}: labels must lie in 1..10, got {int(labels.max())}: {_FETCH_AGAIN}"
+        )
+    return RawImages(torch.from_numpy(images.transpose(3, 2, 0, 1).copy()), labels % 10)
 
 
 def read_npz(path: Path, *, with_labels: bool = True) -> RawImages:

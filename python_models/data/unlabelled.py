@@ -1,23 +1,276 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unlabelled images from folders, arrays and datasets, brought to the size of the task."""
+"""Unlabelled images from folders, arrays and datasets, brought to the size of the task.
 
-import importlib
-import os
+A source is read in one pass of batches, in memory that does not grow with it, and afterwards by the
+positions of the images that were kept. Positions count what cannot be read too, so that they stay
+the same whatever is damaged.
+"""
+
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from python_models.data.datasets import DATASETS, npz_path
+from python_models.data.decode import (
+    IMAGE_SUFFIXES,
+    SkippedFiles,
+    Target,
+    decode_batches,
+    image_files,
+)
 from python_models.data.formats import CorruptDataError, MissingDataError, read_npz
 from python_models.data.images import fit
-from python_models.data.labelled import load_labelled
+from python_models.data.labelled import LabelledData, find_split, load_labelled
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+READ_SIZE = 1024
+"""Images read at a time where a caller does not say; fewer if they are large."""
+
+
+class UnlabelledImages(ABC):
+    """A source of images without labels.
+
+    Attributes:
+        target: what its images look like when they are handed out.
+        skipped: what the last pass over all images left out.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.skipped = SkippedFiles()
+
+    @property
+    def batch_size(self) -> int:
+        """Images to read at a time, so that a batch takes 16 MB as bytes at most."""
+        channels, height, width = self.target.shape
+        return max(1, min(READ_SIZE, 2**24 // (channels * height * width)))
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of images; those that turn out to be unreadable count."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates once over all images, in the order of their positions.
+
+        Yields:
+            Positions, int64 [b], and images, uint8 [b, channels, size, size].
+
+        Raises:
+            CorruptDataError: if no image can be read, or the source changes meanwhile.
+
+        Warns:
+            UserWarning: at the end, if some images cannot be read; they are left out.
+        """
+
+    @abstractmethod
+    def take(self, positions: Tensor) -> Tensor:
+        """Returns the images at these positions, int64 [n], uint8 [n, channels, size, size].
+
+        Raises:
+            CorruptDataError: if one of them is not there or cannot be read.
+        """
+
+    def load(self, limit: int | None = None) -> Tensor:
+        """Returns all readable images in memory, uint8 [n, channels, size, size].
+
+        Args:
+            limit: take this many at most, evenly spaced over the source.
+
+        Raises:
+            ValueError: for a limit below 1.
+            CorruptDataError: if no image can be read.
+
+        Warns:
+            UserWarning: if some images cannot be read; they are left out.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} must be at least 1")
+        if limit is None or limit >= len(self):
+            return self._load(None)
+        return self._load(torch.arange(limit) * len(self) // limit)
+
+    @abstractmethod
+    def _load(self, positions: Tensor | None) -> Tensor:
+        """Returns the readable ones of these images, or of all."""
+
+
+class ImageArray(UnlabelledImages):
+    """Images that are in memory already.
+
+    Args:
+        images: uint8 [n, c, h, w].
+        target: what they are brought to when they are handed out.
+    """
+
+    def __init__(self, images: Tensor, target: Target) -> None:
+        super().__init__(target)
+        self._images = images
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self._images)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates once over all images."""
+        for positions in torch.split(torch.arange(len(self)), self.batch_size):
+            yield positions, self._load(positions)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Returns the images at these positions."""
+        if len(positions) and int(positions.max()) >= len(self):
+            raise CorruptDataError(
+                f"image {int(positions.max())} is wanted, but there are {len(self)}"
+            )
+        return self._load(positions)
+
+    def _load(self, positions: Tensor | None) -> Tensor:
+        images = self._images if positions is None else self._images[positions]
+        return fit(images, self.target.size, self.target.channels)
+
+
+class ImageTree(UnlabelledImages):
+    """The image files below a folder, of which there may be millions: see `image_files`.
+
+    Args:
+        folder: where they are.
+        target: what they are brought to.
+
+    Raises:
+        MissingDataError: if there are none.
+    """
+
+    def __init__(self, folder: Path, target: Target) -> None:
+        super().__init__(target)
+        self.folder = folder
+        self._count = sum(1 for _ in image_files(folder))
+        if not self._count:
+            raise MissingDataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+
+    def __len__(self) -> int:
+        """Returns the number of files."""
+        return self._count
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates once over all images."""
+        return self._read(None)
+
+    def _read(self, wanted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates over the images at some positions, which must ascend, or over all."""
+        self.skipped = skipped = SkippedFiles()
+        total = self._count if wanted is None else len(wanted)
+        unreadable = 0
+        for positions, images, rows in decode_batches(
+            self._chunks(wanted, skipped), self.target, skipped
+        ):
+            unreadable += len(positions) - len(rows)
+            if len(rows):
+                yield positions[rows], images
+        if unreadable == total:
+            raise CorruptDataError(
+                f"{self.folder}: none of the {total} images can be read: {skipped}"
+            )
+        if skipped.count:
+            warnings.warn(
+                f"{self.folder}: left out {skipped.count} of {total} images that cannot be read: "
+                f"{skipped}",
+                stacklevel=2,
+            )
+
+    def _chunks(
+        self, wanted: Tensor | None, skipped: SkippedFiles | None
+    ) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yields the positions and paths of the files wanted, a batch at a time."""
+        left = None if wanted is None else iter(wanted.tolist())
+        following = -1 if left is None else next(left, -1)
+        positions: list[int] = []
+        paths: list[str] = []
+        count = 0
+        for path in image_files(self.folder, skipped):
+            if left is None or count == following:
+                positions.append(count)
+                paths.append(path)
+                following = -1 if left is None else next(left, -1)
+            count += 1
+            if len(paths) == self.batch_size:
+                yield torch.tensor(positions), paths
+                positions, paths = [], []
+        if paths:
+            yield torch.tensor(positions), paths
+        if count != self._count:
+            raise CorruptDataError(
+                f"{self.folder}: held {self._count} images at first and {count} when it was read "
+                "again: leave it alone meanwhile"
+            )
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Returns the images at these positions."""
+        ascending, order = positions.sort()
+        images = torch.empty((len(positions), *self.target.shape), dtype=torch.uint8)
+        skipped = SkippedFiles()
+        done = 0
+        for some, decoded, _ in decode_batches(self._chunks(ascending, None), self.target, skipped):
+            if skipped.count:
+                raise CorruptDataError(f"{self.folder}: can no longer be read: {skipped}")
+            images[order[done : done + len(some)]] = decoded
+            done += len(some)
+        if done < len(positions):
+            raise CorruptDataError(
+                f"{self.folder}: image {int(ascending[done])} is wanted, but there are {len(self)}"
+            )
+        return images
+
+    def _load(self, positions: Tensor | None) -> Tensor:
+        total = self._count if positions is None else len(positions)
+        images = torch.empty((total, *self.target.shape), dtype=torch.uint8)
+        filled = 0
+        for _, some in self._read(positions):
+            images[filled : filled + len(some)] = some
+            filled += len(some)
+        return images[:filled]
+
+
+def open_unlabelled(
+    source: str | Path,
+    data_root: str | Path,
+    image_size: int,
+    channels: int,
+    download: bool = False,
+) -> UnlabelledImages:
+    """Opens images without labels.
+
+    Args:
+        source: a name in `DATASETS` (its train split), an .npz (`labels` are not opened), or a
+            folder whose images are found at any depth. Relative paths are looked for in the working
+            directory, then under `data_root`.
+        data_root: the folder under which datasets lie.
+        image_size: height and width wanted: the largest centred square is resized.
+        channels: 1 (colour becomes grey) or 3 (grey is repeated).
+        download: as in `load_labelled`, for the name of a dataset.
+
+    Raises:
+        ValueError: for a size below 1, or channels that are neither 1 nor 3.
+        MissingDataError: if the source is not there or a folder holds no images.
+        CorruptDataError: if an array file is damaged.
+    """
+    target = Target(channels, image_size)
+    root = Path(data_root).expanduser()
+    if str(source) in DATASETS:
+        spec = DATASETS.get(str(source))
+        if spec.is_folder:
+            (path,) = find_split(spec, "train", root, download)
+        else:
+            data = load_labelled(spec.name, "train", root, download)
+            assert isinstance(data, LabelledData)
+            return ImageArray(data.images, target)
+    else:
+        path = _find(source, root)
+    if path.is_dir():
+        return ImageTree(path, target)
+    return ImageArray(read_npz(path, with_labels=False).images, target)
 
 
 def load_unlabelled(
@@ -28,17 +281,15 @@ def load_unlabelled(
     limit: int | None = None,
     download: bool = False,
 ) -> Tensor:
-    """Loads images without labels, uint8 [n, channels, image_size, image_size].
+    """Loads images without labels into memory, uint8 [n, channels, image_size, image_size].
 
     Args:
-        source: a name in `DATASETS` (its train split), an .npz (`labels` are not opened), or a
-            folder that is searched for png, jpg, webp and bmp files at any depth, sorted by path.
-            Relative paths are looked for in the working directory, then under `data_root`.
+        source: as for `open_unlabelled`, like the others.
         data_root: the folder under which datasets lie.
-        image_size: height and width wanted: the largest centred square is resized.
-        channels: 1 (colour becomes grey) or 3 (grey is repeated).
+        image_size: height and width wanted.
+        channels: 1 or 3.
         limit: take this many images at most, evenly spaced over the source.
-        download: as in `load_labelled`, for the name of a dataset.
+        download: let torchvision download a dataset.
 
     Raises:
         ValueError: for sizes or limits below 1, or channels that are neither 1 nor 3.
@@ -48,20 +299,7 @@ def load_unlabelled(
     Warns:
         UserWarning: once, if some images of a folder cannot be read; they are left out.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels} must be 1 (grey) or 3 (colour)")
-    for name, value in (("image_size", image_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    root = Path(data_root).expanduser()
-    if str(source) in DATASETS:
-        images = load_labelled(str(source), "train", root, download).images
-        return fit(_take_evenly(images, limit), image_size, channels)
-    path = _find(source, root)
-    if path.is_dir():
-        return _read_folder(path, image_size, channels, limit)
-    images = read_npz(path, with_labels=False).images
-    return fit(_take_evenly(images, limit), image_size, channels)
+    return open_unlabelled(source, data_root, image_size, channels, download).load(limit)
 
 
 def _find(source: str | Path, root: Path) -> Path:
@@ -74,79 +312,3 @@ def _find(source: str | Path, root: Path) -> Path:
         f"unlabelled source {str(source)!r} is neither a dataset ({', '.join(DATASETS)}), nor a "
         f"folder of images, nor an .npz file: looked for {', '.join(map(str, places))}"
     )
-
-
-def _take_evenly(images: Tensor, limit: int | None) -> Tensor:
-    if limit is None or limit >= len(images):
-        return images
-    return images[torch.arange(limit) * len(images) // limit]
-
-
-def _read_folder(folder: Path, image_size: int, channels: int, limit: int | None) -> Tensor:
-    paths = sorted(_image_files(folder))
-    if not paths:
-        raise MissingDataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    if limit is not None and limit < len(paths):
-        paths = [paths[i * len(paths) // limit] for i in range(limit)]
-    importlib.import_module("PIL.Image")  # its absence is no fault of the images
-    images = torch.empty((len(paths), channels, image_size, image_size), dtype=torch.uint8)
-
-    def read_into(row: int) -> str | None:
-        try:
-            images[row] = _read_image(paths[row], image_size, channels)
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            return f"{paths[row]}: {error}"
-        return None
-
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        errors = list(threads.map(read_into, range(len(paths))))
-    readable = [row for row, error in enumerate(errors) if error is None]
-    if len(readable) == len(paths):
-        return images
-    example = next(error for error in errors if error is not None)
-    if not readable:
-        raise CorruptDataError(
-            f"{folder}: none of the {len(paths)} images can be read, for example {example}"
-        )
-    warnings.warn(
-        f"{folder}: left out {len(paths) - len(readable)} of {len(paths)} images that cannot be "
-        f"read, for example {example}",
-        stacklevel=3,
-    )
-    return images[readable]
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    """Yields the images below `folder`, through links but into no folder twice."""
-    seen = set()
-    for directory, subfolders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                yield Path(directory, name)
-
-
-def _read_image(path: Path, image_size: int, channels: int) -> Tensor:
-    from PIL import Image  # only folders need Pillow
-
-    mode = "L" if channels == 1 else "RGB"
-    with Image.open(path) as image:
-        # JPEGs can be decoded at a fraction of their size, at a fraction of the time.
-        image.draft(mode, (2 * image_size, 2 * image_size))
-        square = image.convert(mode)
-        width, height = square.size
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        square = square.resize(
-            (image_size, image_size),
-            Image.Resampling.BILINEAR,
-            box=(left, top, left + side, top + side),
-            reducing_gap=2.0,
-        )
-    pixels = torch.from_numpy(np.array(square))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from python_models.data import LabelledData
+from python_models.data import LabelledData, UnlabelledImages
 from python_models.networks import Classifier, Generator, build_generator
 from python_models.randomness import Randomness
 from python_models.registry import Registry
@@ -67,7 +67,8 @@ class Context:
             by rounds takes.
         device: Where all tensors live.
         randomness: Source of random streams.
-        load_unlabelled: Reads the images of a sampling method, uint8 ``[n, c, h, w]`` on the CPU.
+        open_unlabelled: Opens the images of a sampling method, to read them in one pass.
+        load_unlabelled: Reads them all, uint8 ``[n, c, h, w]`` on the CPU.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
     """
 
@@ -81,6 +82,7 @@ class Context:
     progress: Callable[[], float]
     device: torch.device
     randomness: Randomness
+    open_unlabelled: Callable[[], UnlabelledImages]
     load_unlabelled: Callable[[], Tensor]
     load_labelled: Callable[[], LabelledData]
 

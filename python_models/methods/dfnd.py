@@ -2,41 +2,48 @@
 """DFND: Learning Student Networks in the Wild (Chen et al., CVPR 2021).
 
 From unlabelled images, the ``select`` ones are kept that the teacher is most certain of (largest
-``max softmax(t)``, that is, smallest ``CE(t, argmax t)``). The student learns from them on
+``max softmax(t)``, that is, smallest ``CE(t, argmax t)``), in one pass over any number of images in
+memory that does not grow with them. The student learns from the kept ones on
 
     kd_weight * KL_T(T || S) + noise_weight * mean -log (softmax(s) Q)[argmax t],
 
 where the noise adaptation matrix Q ``[c, c]`` has ``diagonal`` on its diagonal and
 ``(1 - diagonal) softmax(theta_i)`` in the rest of row i; theta starts at 0 and is trained by Adam.
-With the defaults this is the released code's form (weights 1 and 1, T = 4); ``--kd-weight 4
---temperature 1`` is the paper's.
 
-The released code fixes Q's diagonal to the teacher's test accuracy, which needs original data. Here
-the default is the teacher's mean confidence on all unlabelled images, which needs none (on the
-selected ones it is near 1 by their selection, and Q would be the identity); give ``--diagonal``
-where the accuracy is known. With KDCI the divergence is that of the compensated student, while the
-noise adaptation term keeps the student's own logits, which are what is deployed.
+Paper and released code differ. The defaults are the code's form, ``KL_4(T || S) + NLL`` with
+weights 1 and 1, where KL_T holds the factor T^2. ``--kd-weight 4 --temperature 1`` is the paper's,
+``H_CE(Q(N_S), y) + lambda KL(T || S)`` with lambda = 4 and no temperature. The code normalises
+images by ImageNet's statistics; here they are the teacher's.
+
+The released code fixes Q's diagonal to the teacher's accuracy on the test images, which needs
+original data. Here the default is the teacher's mean confidence on all unlabelled images, which
+needs none (on the selected ones it is near 1 by their selection, and Q would be the identity); give
+``--diagonal`` where the accuracy is known. With KDCI the divergence is that of the compensated
+student, while the noise adaptation term keeps the student's own logits, which are what is deployed.
+
+The kept images are held as bytes where the student is trained: 600,000 of 3x32x32 take 1.8 GB, of
+3x224x224 they would take 84 GiB. What does not fit is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from python_models import losses
-from python_models.data import RandomCropFlip, to_float
+from python_models.data import RandomCropFlip, UnlabelledImages, to_float
 from python_models.errors import UserError
 from python_models.methods.base import METHODS, Batch, Context, Divergence, Method
-from python_models.networks import Classifier
-
-SELECTION_BATCH = 1024
-"""Images in one forward pass of the selection."""
+from python_models.reporting import Progress
+from python_models.selection import TopRows
 
 
 @dataclass(kw_only=True)
@@ -46,12 +53,13 @@ class DFNDSettings:
     select: int = 600000
     """Images to keep, those that the teacher is most certain of; all, if there are fewer."""
     kd_weight: float = 1.0
-    """Weight of the distillation term."""
+    """Weight of the distillation term; the paper's form of the loss is 4 with --temperature 1."""
     noise_weight: float = 1.0
     """Weight of the noise adaptation term."""
     diagonal: float | None = None
-    """Diagonal of the noise adaptation matrix: how often the teacher is right. By default the
-    teacher's mean confidence on all unlabelled images."""
+    """Diagonal of the noise adaptation matrix: how often the teacher is right. The released code
+    takes the teacher's test accuracy; the default, its mean confidence on all unlabelled images,
+    needs no original data."""
     lr_noise: float = 1e-3
     """Learning rate of the noise adaptation matrix (Adam)."""
     crop: int = 4
@@ -83,9 +91,10 @@ class DFND(Method[DFNDSettings]):
             raise UserError(f"diagonal={settings.diagonal} must lie between 0 and 1")
         if settings.select < 1:
             raise UserError(f"select={settings.select} must be >= 1")
-        candidates = context.load_unlabelled()
-        self._num_candidates = len(candidates)
-        self._candidates: Tensor | None = candidates
+        source = context.open_unlabelled()
+        self._source: UnlabelledImages | None = source
+        self._num_candidates = len(source)
+        self._require_memory()
         self.images = torch.empty(0)
         self._images_hash = ""
         self.indices = torch.empty(0, dtype=torch.int64)
@@ -102,31 +111,60 @@ class DFND(Method[DFNDSettings]):
 
     def prepare(self) -> Tensor:
         """Select the images; their logits are the features of the dictionary."""
-        assert self._candidates is not None
-        indices, logits, confidence = select_confident(
-            torch.split(self._candidates, SELECTION_BATCH),
-            self.teacher,
-            self.settings.select,
-            self.context.device,
-        )
+        found = select_confident(self._logits(), self._selected, self.context.num_classes)
+        if not len(found.indices):
+            raise UserError("the teacher's logits are NaN for every unlabelled image")
         if self.settings.diagonal is None:
             # Even a teacher that is always certain leaves room for noise.
-            self.diagonal = min(max(confidence, 1e-3), 1 - 1e-3)
-        self._keep(indices)
-        return logits
+            self.diagonal = min(max(found.confidence, 1e-3), 1 - 1e-3)
+        self._keep(found.indices)
+        return found.logits.to(self.context.device)
+
+    def _logits(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the positions and the teacher's logits of all images, in one pass."""
+        source = self._source
+        assert source is not None
+        progress = Progress("selecting", math.ceil(len(source) / source.batch_size))
+        try:
+            for positions, images in source.batches():
+                yield positions, self.teacher(to_float(images.to(self.context.device)))
+                progress.step({})
+        finally:
+            progress.close()
 
     def _keep(self, indices: Tensor) -> None:
-        assert self._candidates is not None
+        assert self._source is not None
         self.indices = indices
-        images = self._candidates[indices]
-        self._images_hash = hashlib.sha256(images.numpy()).hexdigest()
+        images = self._source.take(indices)
+        self._images_hash = hashlib.sha256(images.numpy().data).hexdigest()
         self.images = images.to(self.context.device)
-        self._candidates = None
+        self._source = None  # it may hold all candidates
+
+    @property
+    def _selected(self) -> int:
+        """Number of images to keep, if all of them can be read."""
+        return min(self.settings.select, self._num_candidates)
+
+    def _require_memory(self) -> None:
+        device = self.context.device
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed = self._selected * math.prod(self.context.image_shape)
+        if needed > memory:
+            raise UserError(
+                f"select={self.settings.select}: {self._selected} images of "
+                f"{list(self.context.image_shape)} take {needed / 2**30:.0f} GiB, but {device} has "
+                f"{memory / 2**30:.0f} GiB: select fewer"
+            )
 
     def steps_per_pass(self) -> int:
-        """Return the student steps in one pass over the selected images."""
-        selected = min(self.settings.select, self._num_candidates)
-        return max(1, selected // self.context.batch_size)
+        """Return the student steps in one pass over the selected images.
+
+        Images that turn out to be unreadable count: how many they are is not known before.
+        """
+        return max(1, self._selected // self.context.batch_size)
 
     def next_batch(self) -> Batch:
         """Return the next augmented images of a random order without repetition."""
@@ -195,43 +233,44 @@ class DFND(Method[DFNDSettings]):
             )
 
 
+class Selection(NamedTuple):
+    """What was selected from a stream.
+
+    Attributes:
+        indices: Positions in the stream, int64 ``[n]`` on the CPU, the most certain first.
+        logits: Theirs, float32 ``[n, c]`` on the CPU.
+        confidence: The teacher's mean confidence on all images of the stream.
+    """
+
+    indices: Tensor
+    logits: Tensor
+    confidence: float
+
+
 @torch.no_grad()
 def select_confident(
-    batches: Iterable[Tensor], teacher: Classifier, count: int, device: torch.device
-) -> tuple[Tensor, Tensor, float]:
+    stream: Iterable[tuple[Tensor, Tensor]], count: int, num_classes: int
+) -> Selection:
     """Select the images that a teacher is most certain of, in one pass with bounded memory.
 
+    Only the kept positions, certainties and logits are in memory, and a sixteenth as many besides.
+
     Args:
-        batches: Images, uint8 ``[b, c, h, w]``; read once.
-        teacher: In eval mode.
+        stream: Positions, int64 ``[b]``, ascending, and the teacher's logits ``[b, c]``; read once.
         count: Number of images to select.
-        device: Where the teacher is.
+        num_classes: Number of logits ``c``.
 
     Returns:
-        Positions of the images in the stream, int64 ``[n]`` on the CPU, the most certain first
-        (of equals the earlier one), their logits ``[n, num_classes]``, ``n <= count``, and the
-        teacher's mean confidence on all images.
+        The ``n <= count`` images of the largest ``max softmax(t)``, of equals the earlier one. An
+        image whose logits are NaN is none of them, and has the confidence 0.
     """
+    top = TopRows(count, num_classes)
     seen = 0
-    confidence = torch.zeros((), dtype=torch.float64, device=device)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in batches:
-        logits = teacher(to_float(batch.to(device)))
-        values = F.log_softmax(logits, dim=1).amax(1)
-        confidence += values.double().exp().sum()
-        # NaN sorts as the largest of all.
-        values = values.nan_to_num(nan=-torch.inf)
-        kept.append((values, torch.arange(seen, seen + len(batch), device=device), logits))
-        seen += len(batch)
-        if sum(len(part[0]) for part in kept) >= 2 * count:  # rarely, as sorting takes time
-            kept = [_most_certain(kept, count)]
-    _, indices, logits = _most_certain(kept, count)
-    return indices.cpu(), logits, (confidence / seen).item()
-
-
-def _most_certain(
-    parts: list[tuple[Tensor, Tensor, Tensor]], count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    values, indices, logits = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = values.argsort(descending=True, stable=True)[:count]
-    return values[order], indices[order], logits[order]
+    total = torch.zeros((), dtype=torch.float64)
+    for positions, logits in stream:
+        certainty = F.log_softmax(logits.float(), dim=1).amax(1).cpu()
+        total += certainty.double().exp().nan_to_num(nan=0.0).sum()
+        seen += len(positions)
+        top.add(certainty, positions, logits)
+    _, indices, rows = top.result()
+    return Selection(indices, rows, (total / max(seen, 1)).item())

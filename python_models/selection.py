@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best rows of a stream, in one pass and in memory that the stream's length does not change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROOM = 2**20
+"""Numbers of new rows that there is room for at least."""
+COLUMNS = 4
+"""Columns that are sorted at a time, since a sorted copy of them all would double the memory."""
+
+
+class TopRows:
+    """Keeps the rows of a stream that have the largest values, on the CPU.
+
+    Of equal values the one of the lower position is kept. A row whose value is NaN or ``-inf`` is
+    never kept. In memory are the kept rows and, for new ones, room for a sixteenth of them or for
+    `ROOM` numbers.
+
+    Args:
+        count: Rows to keep at most.
+        width: Numbers in a row.
+
+    Raises:
+        ValueError: If one of them is below 1.
+
+    Example:
+        >>> top = TopRows(count=2, width=1)
+        >>> top.add(torch.tensor([0.1, 0.9, 0.5]), torch.arange(3), torch.rand(3, 1))
+        >>> top.result()[1]
+        tensor([1, 2])
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        for name, value in (("count", count), ("width", width)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be >= 1")
+        self.count = count
+        size = count + max(count // 16, ROOM // width, 1)
+        self._values = torch.empty(size)
+        self._positions = torch.empty(size, dtype=torch.int64)
+        self._rows = torch.empty(size, width)
+        self._used = 0
+        self._least = -torch.inf
+
+    def add(self, values: Tensor, positions: Tensor, rows: Tensor) -> None:
+        """Look at more rows.
+
+        Args:
+            values: What to judge them by, floating, ``[b]``.
+            positions: Where they are in the stream, int64 ``[b]``; higher than all before.
+            rows: Floating, ``[b, width]``, on any device.
+        """
+        values = values.float().cpu()
+        better = (values > self._least).nonzero().squeeze(1)
+        values, positions, rows = values[better], positions.cpu()[better], rows.cpu()[better]
+        start = 0
+        while start < len(values):
+            size = min(len(values) - start, len(self._values) - self._used)
+            source, goal = slice(start, start + size), slice(self._used, self._used + size)
+            self._values[goal] = values[source]
+            self._positions[goal] = positions[source]
+            self._rows[goal] = rows[source]
+            self._used += size
+            start += size
+            if self._used == len(self._values):
+                self._drop()
+
+    def _drop(self) -> None:
+        """Drop all but the best, moving the last rows to where others have left."""
+        if self._used <= self.count:
+            return
+        values = self._values[: self._used]
+        least = values.kthvalue(self._used - self.count + 1).values
+        keep = values > least
+        equal = (values == least).nonzero().squeeze(1)
+        equal = equal[self._positions[equal].argsort()]
+        keep[equal[: self.count - int(keep.sum())]] = True
+        free = (~keep[: self.count]).nonzero().squeeze(1)
+        moved = self.count + keep[self.count :].nonzero().squeeze(1)
+        for column in (self._values, self._positions, self._rows):
+            column[free] = column[moved]
+        self._used = self.count
+        self._least = least.item()
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values ``[n]``, positions ``[n]`` and rows ``[n, width]``, the best first.
+
+        ``n <= count``. They are views of this object's memory, which is sorted in place.
+        """
+        self._drop()
+        used = slice(self._used)
+        values, positions, rows = self._values[used], self._positions[used], self._rows[used]
+        order = positions.argsort()
+        order = order[values[order].argsort(descending=True, stable=True)]
+        values.copy_(values[order])
+        positions.copy_(positions[order])
+        for column in range(0, rows.shape[1], COLUMNS):
+            part = rows[:, column : column + COLUMNS]
+            part.copy_(part[order])
+        return values, positions, rows
