@@ -207,7 +207,8 @@ class RandomResizedCropFlip:
         area = height * width * uniform(*self.scale, *tries)
         ratio = uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), *tries).exp()
         sizes = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round().clamp(min=1)
-        whole = torch.tensor([height, width], device=area.device, dtype=area.dtype)
+        # Filled on the device: copying them there would make the host wait.
+        whole = torch.stack([area.new_full((), height), area.new_full((), width)])
         fits = (sizes <= whole[:, None, None]).all(0)
         first = fits.int().argmax(1)  # of equals, the first
         size = sizes.gather(2, first.expand(2, count)[:, :, None]).squeeze(2)

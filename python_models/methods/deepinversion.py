@@ -147,7 +147,6 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
             device=device,
         )
         targets = self._draw_targets(index)
-        terms: dict[str, Tensor] = {}
         if s.g_steps_half:
             inputs, _, _ = self._optimise(inputs, targets, s.g_steps_half, shrink=2)
         last, best, terms = self._optimise(inputs, targets, s.g_steps, shrink=1)
