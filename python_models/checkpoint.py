@@ -79,7 +79,17 @@ def _torch_load(path: Path, kind: str) -> dict[str, Any]:
             f"{path} holds more than tensors and cannot be loaded safely as a {kind}: save its "
             "`state_dict()` instead"
         ) from error
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    # Bytes that are no pickle lead its reader anywhere: to unknown opcodes, empty stacks, bad text.
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"{path} is damaged or no {kind}: {error}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} must hold a dict, got {type(state).__name__}")
