@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from python_models.config import (
     DistillConfig,
     EvaluateConfig,
+    ReportConfig,
     TrainTeacherConfig,
     distill_defaults,
     override,
@@ -43,6 +44,7 @@ commands:
   train-teacher   train a teacher on labelled data
   distill         distil a teacher into a student, without the teacher's data
   evaluate        measure the accuracy of a trained network
+  report          make a page about runs, those with and without KDCI beside each other
   list            show methods, networks, generators, datasets and presets
   demo            see it work in a few minutes on a CPU
   bench           measure the operators beside other libraries (in a clone)
@@ -104,6 +106,7 @@ def _run(words: list[str]) -> int:
         "train-teacher": _train_teacher,
         "distill": _distill,
         "evaluate": _evaluate,
+        "report": _report,
         "list": _list,
         "demo": _demo,
         "bench": _bench,
@@ -227,6 +230,24 @@ def _evaluate(words: list[str]) -> None:
     from python_models.evaluate import evaluate
 
     print(f"accuracy: {evaluate(config):.2f} %")
+
+
+def _report(words: list[str]) -> None:
+    import tyro
+
+    config = tyro.cli(
+        ReportConfig,
+        args=words,
+        prog="kdci report",
+        description="Make a page about distillation runs of one task, and its figures.",
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    from python_models.report import report
+
+    result = report(config)
+    for line in result.left_out:
+        print(f"left out: {line}")
+    print(f"report: {result.page}")
 
 
 def _list(words: list[str]) -> None:

@@ -188,6 +188,25 @@ class EvaluateConfig:
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
 
 
+@dataclass(kw_only=True)
+class ReportConfig:
+    """A page about distillation runs."""
+
+    runs: tuple[Path, ...]
+    """Run folders of kdci distill, of one task."""
+    out_dir: Path = Path("runs/report")
+    """Folder of the page, report.html, and of its figures; those of an earlier report in it are
+    replaced."""
+    data_root: Path | None = None
+    """Folder that holds the datasets; by default the runs' own."""
+    teacher: str | None = None
+    """The teacher's run folder or .safetensors file; by default the one that the runs name."""
+    images: int = 2000
+    """Images of each run, and test images, in the Frechet distance."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+
+
 # --- flat names -----------------------------------------------------------------------------------
 
 

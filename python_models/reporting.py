@@ -20,6 +20,20 @@ from torch import Tensor
 from python_models.checkpoint import write_atomically
 from python_models.errors import DivergenceError, UserError
 
+METRICS = {
+    "epoch": "number of the epoch, from 1",
+    "step": "student steps made",
+    "lr": "learning rate of the student in the epoch's last step",
+    "accuracy": "of the student on the test images, without compensation, in percent",
+    "accuracy_compensated": "the same with KDCI's compensation; a diagnostic",
+    "dictionary_entropy": "of the confounder dictionary's proportions, in nats: at most log K",
+    "compensation_ratio": "mean |F| / mean |S|: KDCI's compensation by the student's logits, on "
+    "the epoch's last batch",
+    "images_per_second": "images in student steps, by all the time of the run",
+    "seconds": "time of the run",
+}
+"""Columns of a distillation's metrics.csv; all others are loss terms, averaged over the epoch."""
+
 
 class RunFolder:
     """The files of a run.
