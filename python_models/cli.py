@@ -278,7 +278,7 @@ def _report(words: list[str]) -> None:
 
     result = report(config)
     for line in result.left_out:
-        print(line)
+        print(f"left out: {line}")
     print(f"report: {result.page}")
 
 

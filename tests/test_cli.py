@@ -61,6 +61,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("train-teacher", ["--network", "--dataset", "--data-root"]),
         ("evaluate", ["--weights", "--split"]),
         ("demo", ["--quick", "--data-root"]),
+        ("report", ["--out-dir", "--data-root", "--teacher", "--images"]),
     ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

@@ -210,6 +210,10 @@ def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError, match="is damaged or no checkpoint"):
         load_checkpoint(path)
+    for nonsense in (b"half a check", b"\x80", b"(dp0\n.", b"\x8c\x02\xff\xfe.", b""):
+        path.write_bytes(nonsense)
+        with pytest.raises(UserError, match=r"is damaged or no checkpoint|cannot be loaded safely"):
+            load_checkpoint(path)
 
     class Harmful:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 """``kdci report``: a page about distillation runs, that needs no other file and no network.
 
 The parts: `collect` reads run folders and pairs them, `measure` looks at students and images,
-`figures` draws, `sections` says what there is, `page` makes HTML of it.
+`figures` draws, `sections` orders what `recorded` and `measured` say, `page` makes HTML of it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from python_models.config import ReportConfig
 from python_models.errors import UserError
 from python_models.report import figures
 from python_models.report.collect import common_task, compare, read_runs
+from python_models.report.content import Report
 from python_models.report.measure import Measurer, frechet_distance, load_original
 from python_models.report.page import GENERATOR, document
-from python_models.report.sections import Report, build
+from python_models.report.sections import build
 
 __all__ = ["ReportConfig", "ReportResult", "frechet_distance", "report"]
 
@@ -69,22 +70,21 @@ def report(config: ReportConfig) -> ReportResult:
     original = load_original(task, runs, config)
     measurer = Measurer(original, config)
     # Restoring a run seeds torch's global stream, which is the caller's.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([measurer.device] if measurer.device.type == "cuda" else []):
         findings = {run.name: measurer.measure(run) for run in runs}
     if not original.class_names:
-        counts = next((f.class_counts for f in findings.values() if f.class_counts is not None), ())
-        original = replace(original, class_names=tuple(map(str, range(len(counts)))))
+        original = replace(original, class_names=tuple(map(str, range(measurer.num_classes))))
     made = Report(task, compare(runs), original, findings, notes)
     with figures.style():
         lead, sections = build(made)
     page = document(made.title, lead, sections)
+    html = folder / "report.html"
+    write_atomically(html, functools.partial(Path.write_text, data=page, encoding="utf-8"))
     files = tuple(folder / "figures" / name for name in made.figures)
     for file, png in zip(files, made.figures.values(), strict=True):
         write_atomically(file, functools.partial(Path.write_bytes, data=png))
     for old in set((folder / "figures").glob("*.png")) - set(files):
         old.unlink()
-    html = folder / "report.html"
-    write_atomically(html, functools.partial(Path.write_text, data=page, encoding="utf-8"))
     return ReportResult(html, files, tuple(made.left_out))
 
 

@@ -201,9 +201,14 @@ def cases(images: Tensor, captions: Sequence[str]) -> Figure:
         axes.axis("off")
     for axes, image, caption in zip(panels, images, captions, strict=False):
         axes.imshow(image_grid(image[None], 1).numpy())
-        # The title is above the axes; a negative offset puts it below.
-        axes.set_title(caption, fontsize=6.5, y=-0.02, va="top")
+        lines = [_cut(line) for line in caption.splitlines()]
+        # A title is above its axes; a negative offset puts it below.
+        axes.set_title("\n".join(lines), fontsize=6.5, y=-0.02, va="top")
     return figure
+
+
+def _cut(line: str, width: int = 24) -> str:
+    return line if len(line) <= width else f"{line[: width - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def dictionary(prototypes: Tensor, proportions: Tensor, class_names: Sequence[str]) -> Figure:

@@ -115,7 +115,7 @@ class Original:
         """Share of each class, float64 ``[c]``: of the test labels, or else uniform."""
         classes = len(self.class_names)
         if self.test is None:
-            return torch.full((classes,), 1 / classes, dtype=torch.float64)
+            return torch.full((classes,), 1 / max(classes, 1), dtype=torch.float64)
         counts = torch.bincount(self.test.labels, minlength=classes).double()
         return counts / counts.sum()
 
@@ -188,6 +188,8 @@ class Findings:
             yield
         except KeyError as error:
             self._leave_out(parts, f"its checkpoint lacks {error}")
+        except ModuleNotFoundError as error:
+            self._leave_out(parts, f"the package {error.name} is not installed")
         # Networks of other shapes raise RuntimeError, and those without features TypeError.
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             self._leave_out(parts, str(error).splitlines()[0])
@@ -204,6 +206,9 @@ class Measurer:
         original: The original data.
         config: Of the report.
 
+    Attributes:
+        num_classes: Of the task; 0 until a run says it, where the original data does not.
+
     Raises:
         UserError: If the device cannot be used.
     """
@@ -212,6 +217,7 @@ class Measurer:
         self.original = original
         self.config = config
         self.device = resolve_device(config.device)
+        self.num_classes = len(original.class_names)
         self._real: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -233,9 +239,11 @@ class Measurer:
         return found
 
     def _require_classes(self, found: int) -> None:
-        expected = len(self.original.class_names)
-        if expected not in (0, found):
-            raise UserError(f"its checkpoint is of {found} classes, but the task has {expected}")
+        self.num_classes = self.num_classes or found
+        if found != self.num_classes:
+            raise UserError(
+                f"its checkpoint is of {found} classes, but the task has {self.num_classes}"
+            )
 
     def _measure_images(self, run: Run, state: Mapping[str, Any], found: Findings) -> None:
         """Restore the method from the last checkpoint, and look at its images."""
@@ -357,12 +365,12 @@ def embed(features: Tensor) -> Tensor:
     """Return the t-SNE of features ``[n, d]``, ``[n, 2]``; the same in each call.
 
     Raises:
-        UserError: Without scikit-learn, or if there are fewer than 4 rows, or all are the same.
+        UserError: Without scikit-learn, and if there are fewer than 4 rows or all are the same.
     """
     try:
         from sklearn.manifold import TSNE  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise UserError("the package scikit-learn is not installed") from error
+    except ImportError as error:
+        raise UserError("scikit-learn is not installed: pip install scikit-learn") from error
     if len(features) < 4 or not (features != features[0]).any():
         raise UserError("there are too few different features for an embedding")
     perplexity = min(30.0, (len(features) - 1) / 3)
