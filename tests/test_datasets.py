@@ -221,6 +221,22 @@ def test_any_folder_of_folders(tmp_path: Path, test_folder: str) -> None:
     assert resized.image_shape == (1, 4, 4)
 
 
+def test_labels_and_pixels_are_those_of_torchvision(tmp_path: Path) -> None:
+    """ImageFolder's order of classes, the capital letters first, and its centre crop."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    for name in ("b", "a", "C", "10", "9"):
+        for i in range(2):
+            array = random_images(30, 44, 3, seed=i + ord(name[0]))
+            save_image(tmp_path / "pets" / "test" / name / f"{i}.png", array)
+    data = load_labelled("pets", "test", tmp_path, image_shape=(3, 30, 30))
+    theirs = datasets.ImageFolder(tmp_path / "pets" / "test")
+    assert isinstance(data, LabelledData)
+    assert data.class_names == tuple(theirs.classes)
+    assert data.labels.tolist() == theirs.targets
+    for image, (other, _) in zip(data.images, theirs, strict=True):
+        assert np.array_equal(image.permute(1, 2, 0), np.asarray(other)[:, 7:37])
+
+
 def test_the_size_of_a_folder_s_images_is_read_from_a_few_of_them(tmp_path: Path) -> None:
     """Squares of one size keep it, grey ones their channel; anything else becomes 3x224x224."""
     make_tree(tmp_path / "a", "test", {"x": [1], "y": [2]}, 28)
