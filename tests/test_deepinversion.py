@@ -262,6 +262,20 @@ def test_half_size_shows_means_of_four_pixels(
     torch.testing.assert_close(half, means, rtol=0, atol=1e-5)
 
 
+def test_jitter_shrinks_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {**make_task(tmp_path, network="wrn16_1"), "adi": 0.0, "synthesis_batch_size": 3}
+    method = method_of(task, g_steps_half=1, g_steps=1, jitter=5, mirror=False)
+    rolls: list[RandomRollFlip] = []
+
+    def build(*arguments: Any) -> RandomRollFlip:
+        rolls.append(RandomRollFlip(*arguments))
+        return rolls[-1]
+
+    monkeypatch.setattr(module, "RandomRollFlip", build)
+    method.begin_round(0)
+    assert [(roll.reach, roll.flip) for roll in rolls] == [(2, False), (5, False)]
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
