@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_task import CLASSES, make_task, rebuild, tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from python_models.data import load_labelled, to_float
 from python_models.engine import Distillation, distill
@@ -17,6 +17,9 @@ from python_models.evaluate import accuracy
 from python_models.losses import alignment_weights, kd_divergence
 from python_models.methods.kd3 import KD3, Form, Views, combine, mix_distribution, select
 from python_models.methods.kd3 import student_share as share_of
+from python_models.networks import build_network, count_parameters
+from python_models.networks.lenet import LeNet
+from python_models.networks.shared_classifier import SharedClassifier, classifier_of, pool_to
 from python_models.teacher import load_network
 
 FORMS: list[Form] = ["paper", "code"]
@@ -313,6 +316,24 @@ def test_the_weights_are_of_the_beta_distribution() -> None:
     assert u.var().item() == pytest.approx(1 / 4.8, rel=0.05)
 
 
+def test_the_dictionary_is_built_from_the_first_selection(
+    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, method = start(task, kdci=True)
+    assert run.kdci is not None
+    features: list[Tensor] = []
+    original = run.kdci.update
+    monkeypatch.setattr(
+        run.kdci, "update", lambda x, generator: (features.append(x), original(x, generator))
+    )
+    run.prepare()
+    expected = run.teacher(to_float(method.images[method.selected]))
+    for _ in range(6):  # into the second epoch
+        run.advance()
+    assert len(features) == 1
+    torch.testing.assert_close(features[0], expected)
+
+
 # --- the network ----------------------------------------------------------------------------------
 
 
@@ -346,3 +367,29 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         start(task, **values)
+
+
+def test_the_projector_has_the_size_of_the_released_one() -> None:
+    with torch.device("meta"):
+        network = SharedClassifier(build_network("resnet18", 10), nn.Linear(512, 10), (4, 4))
+    assert count_parameters(network.projector) == 854_016
+
+
+def test_a_larger_map_is_averaged_and_a_smaller_one_is_left() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    pooled = pool_to(x, (4, 4))
+    assert pooled.shape == (2, 3, 4, 4)
+    assert pooled[0, 1, 2, 3].item() == pytest.approx(x[0, 1, 4:6, 6:8].mean().item())
+    assert torch.equal(pool_to(x, (16, 16)), x)
+
+
+def test_a_teacher_that_does_not_end_in_one_linear_layer_is_refused() -> None:
+    network = LeNet((6, 16, 120, 84), 3, 1)
+    assert torch.equal(classifier_of(network).weight, network.fc.weight)
+
+    class Clipped(LeNet):
+        def classify(self, features: Tensor) -> Tensor:
+            return super().classify(features).relu()
+
+    with pytest.raises(ValueError, match="Clipped does not classify by one linear layer"):
+        classifier_of(Clipped((6, 16, 120, 84), 3, 1))
