@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from python_models.data import LabelledData, UnlabelledImages
+from python_models.distributed import ALONE, World
 from python_models.networks import Classifier, Generator, build_generator
 from python_models.randomness import Randomness
 from python_models.registry import Registry
@@ -70,6 +71,7 @@ class Context:
         open_unlabelled: Opens the images of a sampling method, to read them in one pass.
         load_unlabelled: Reads them all, uint8 ``[n, c, h, w]`` on the CPU.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
+        world: The processes of the run; sizes of batches are those of all of them.
     """
 
     teacher: Classifier
@@ -85,11 +87,12 @@ class Context:
     open_unlabelled: Callable[[], UnlabelledImages]
     load_unlabelled: Callable[[], Tensor]
     load_labelled: Callable[[], LabelledData]
+    world: World = ALONE
 
 
 @dataclass
 class Batch:
-    """Images of one student step.
+    """Images of one student step: this process's rows of them.
 
     Attributes:
         images: Float ``[b, c, h, w]`` in [0, 1].
@@ -149,6 +152,8 @@ class Method(ABC, Generic[SettingsT]):
         needs_features: Whose vector before the last layer the method reads: "teacher", "student".
 
     Attributes:
+        world: The processes of the run, all of which hold the same and work on their rows of each
+            batch; see `python_models.distributed`.
         parts: What a checkpoint must hold, by name; filled by subclasses.
         images: What a sampling method selected, uint8 ``[n, c, h, w]``, after `prepare`.
     """
@@ -169,6 +174,7 @@ class Method(ABC, Generic[SettingsT]):
         self.context = context
         self.teacher = context.teacher
         self.student = context.student
+        self.world = context.world
         self.parts: dict[str, Stateful] = {}
 
     @property
@@ -261,12 +267,19 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([term for term in losses.values()]).sum()
 
 
-def backward_into(loss: Tensor, *targets: nn.Module | Tensor) -> None:
-    """Accumulate gradients in these modules' parameters and tensors, and nowhere else."""
+def backward_into(loss: Tensor, *targets: nn.Module | Tensor, world: World = ALONE) -> None:
+    """Accumulate gradients in these modules' parameters and tensors, and nowhere else.
+
+    Args:
+        loss: Scalar.
+        *targets: Without gradients yet where there are several processes.
+        world: The processes; all hold the same targets, and get the mean of the gradients.
+    """
     inputs: list[Tensor] = []
     for target in targets:
         inputs.extend(target.parameters() if isinstance(target, nn.Module) else [target])
     torch.autograd.backward(loss, inputs=inputs)
+    world.average_gradients(inputs)
 
 
 def build_image_generator(name: str, latent_dim: int, context: Context) -> Generator:
@@ -274,7 +287,7 @@ def build_image_generator(name: str, latent_dim: int, context: Context) -> Gener
     channels, size, _ = context.image_shape
     with context.randomness.initialising("generator"):
         generator = build_generator(name, latent_dim, size, channels)
-    return on_device(generator, context.device)
+    return context.world.synchronised(on_device(generator, context.device))
 
 
 def generate(generator: Generator, latents: Tensor, teacher: Classifier) -> Tensor:
