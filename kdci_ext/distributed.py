@@ -41,6 +41,8 @@ def gathered_rows(rows: Tensor, group: distributed.ProcessGroup | None = None) -
     """
     counts = row_counts(rows, group)
     most = max(counts)
+    if most == 0:
+        return rows.detach()
     padding = rows.new_zeros(most - len(rows), *rows.shape[1:])
     parts = streaming._gathered(torch.cat([rows.detach(), padding]), group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
@@ -207,6 +209,10 @@ def _seed(
     sample = gathered_rows(rows[own], group)
     candidates = 1 if init == "plain" else 2 + int(math.log(num_prototypes))
     uniforms = torch.rand(
-        num_prototypes, candidates, dtype=torch.float64, generator=generator, device=generator.device
+        num_prototypes,
+        candidates,
+        dtype=torch.float64,
+        generator=generator,
+        device=generator.device,
     )
     return sample[reference._plus_plus(subspace.project(sample), uniforms)]

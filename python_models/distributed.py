@@ -105,9 +105,7 @@ class World:
 
     def part(self, total: int) -> Part:
         """Return this process's rows of a batch; processes have equally many where they can."""
-        return Part(
-            self.rank * total // self.size, (self.rank + 1) * total // self.size, total
-        )
+        return Part(self.rank * total // self.size, (self.rank + 1) * total // self.size, total)
 
     def share(self, rows: Tensor) -> Tensor:
         """Return this process's part of the rows of a whole batch."""
@@ -251,13 +249,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return world_mean(grad, ctx.world), None
-
-
-def world_mean(value: Tensor, world: World) -> Tensor:
-    """Return the mean over the processes, differentiable again."""
-    mean: Tensor = _Mean.apply(value, world)
-    return mean
+        return ctx.world.mean(grad), None
 
 
 class _Gather(torch.autograd.Function):
@@ -266,9 +258,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
         ctx.world = world
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format)] * world.size
-        parts = [part.clone() for part in parts]
-        distributed.all_gather(parts, rows.contiguous())
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        distributed.all_gather(parts, rows)
         return torch.cat(parts)
 
     @staticmethod
@@ -321,6 +313,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def _with_synchronised_layers(module: nn.Module, world: World) -> nn.Module:
+    if isinstance(module, SynchronisedBatchNorm):
+        return module
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         layer = SynchronisedBatchNorm(
             module.num_features,
@@ -404,6 +398,11 @@ def connect(device: str) -> Iterator[World]:
                 f"the processes cannot be connected ({_first_line(error)}): start them with "
                 "torchrun, or unset WORLD_SIZE"
             ) from error
+    elif device != "cpu" and "gloo" not in str(distributed.get_backend_config()):
+        raise UserError(
+            "the process group serves GPUs alone, but the processes exchange tensors of the CPU "
+            'too: init_process_group("cpu:gloo,cuda:nccl")'
+        )
     world = World(distributed.get_rank(), distributed.get_world_size())
     try:
         yield world

@@ -41,6 +41,7 @@ from python_models.data import (
     open_unlabelled,
     to_float,
 )
+from python_models.distributed import ALONE, World, connect, local_device
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.losses import batch_norm_layers, kd_divergence
@@ -106,16 +107,25 @@ class Distillation:
         config: The resolved configuration.
         teacher: The loaded teacher.
         device: Where to compute.
+        world: The processes that compute together; see `python_models.distributed`.
 
     Raises:
         UserError: If parts do not fit each other.
     """
 
     def __init__(
-        self, config: DistillConfig[Any], teacher: LoadedNetwork, device: torch.device
+        self,
+        config: DistillConfig[Any],
+        teacher: LoadedNetwork,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.device = device
+        self.world = world
+        world.require_even("batch_size", config.training.batch_size)
+        if hasattr(config.settings, "synthesis_batch_size"):
+            world.require_even("synthesis_batch_size", config.settings.synthesis_batch_size)
         self.dataset = config.task.dataset or teacher.info.dataset
         self.unlabelled: UnlabelledImages | None = None
         self.info = NetworkInfo(
@@ -125,7 +135,7 @@ class Distillation:
                 "arguments": config.task.student_args,
             }
         )
-        self.randomness = Randomness(config.training.seed, device)
+        self.randomness = Randomness(config.training.seed, device, world.rank)
         self._loaded_teacher = teacher
         self.teacher = teacher.classifier.to(device)
         self.teacher_info = teacher.info
@@ -138,7 +148,7 @@ class Distillation:
             )
             self.student = Classifier(student, self.info.mean, self.info.std)
             require_logits(self.student, self.info)
-        self.student.to(device)
+        self.student = world.synchronised(self.student.to(device))
 
         method_class = METHODS.get(config.method)
         self._require_parts(method_class)
@@ -167,6 +177,7 @@ class Distillation:
                 open_unlabelled=self._open_unlabelled,
                 load_unlabelled=self._load_unlabelled,
                 load_labelled=self._load_labelled,
+                world=world,
             ),
         )
         self.deployed = self.student
@@ -196,7 +207,7 @@ class Distillation:
             None if self.dictionary_model is None else fingerprint(self.dictionary_model)
         )
         self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
-        self.log = LossLog(device)
+        self.log = LossLog(device, world)
 
         ep_steps = config.training.ep_steps or self.method.steps_per_pass()
         self.rounds_per_epoch = max(1, ep_steps // config.training.kd_steps)
@@ -327,16 +338,24 @@ class Distillation:
             return self.kdci.loss(student_logits, teacher_logits, temperature)
         return kd_divergence(student_logits, teacher_logits, temperature)
 
-    def _update_dictionary(self, features: Tensor) -> None:
-        """Rebuild the confounder dictionary from logits of its images, with KDCI."""
+    def _update_dictionary(self, features: Tensor, *, is_part: bool = False) -> None:
+        """Rebuild the confounder dictionary from logits of its images, with KDCI.
+
+        Args:
+            features: The logits, on each process all or its part of them.
+            is_part: Which of the two.
+        """
         if self.kdci is None:
             return
-        if len(features) < self.kdci.num_prototypes:
+        count = len(features) * (self.world.size if is_part else 1)
+        if count < self.kdci.num_prototypes:
             raise UserError(
-                f"kdci_prototypes={self.kdci.num_prototypes} must be <= the {len(features)} images "
+                f"kdci_prototypes={self.kdci.num_prototypes} must be <= the {count} images "
                 "that the dictionary is built from: lower it or raise the batch size"
             )
-        self.kdci.update(features, generator=self._dictionary_stream)
+        # Of all logits, which every process has, each makes the same.
+        group = self.world.group if is_part else None
+        self.kdci.update(features, generator=self._dictionary_stream, group=group)
 
     @property
     def _dictionary_stream(self) -> torch.Generator:
@@ -382,7 +401,7 @@ class Distillation:
             self.step, {f"generator_{name}": term for name, term in synthesis.losses.items()}
         )
         if self.kdci is not None and synthesis.batch is not None and not self.is_warming_up:
-            self._update_dictionary(self._dictionary_features(synthesis.batch))
+            self._update_dictionary(self._dictionary_features(synthesis.batch), is_part=True)
 
     def _progress(self) -> float:
         """Return the fraction of the run that was done when this round began."""
@@ -405,6 +424,12 @@ class Distillation:
         for optimizer in optimizers:
             optimizer.zero_grad()
         torch.autograd.backward(total(losses))
+        self.world.average_gradients(
+            parameter
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
         for optimizer in optimizers:
             optimizer.step()
         labels = teacher_logits.argmax(1)
@@ -449,7 +474,10 @@ class Distillation:
         return {"dictionary_entropy": entropy, "compensation_ratio": ratio}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on."""
+        """Return everything that the rest of the run depends on.
+
+        Called on all processes it is the same on all, whatever their number.
+        """
         return {
             "teacher": self._teacher_fingerprint,
             "dictionary_model": self._dictionary_fingerprint,
@@ -460,9 +488,10 @@ class Distillation:
             "kdci": None if self.kdci is None else self.kdci.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
-            "class_counts": self.class_counts,
+            "class_counts": self.world.sum(self.class_counts),
             "log": self.log.state_dict(),
             "randomness": self.randomness.state_dict(),
+            "other_processes": self.world.objects(self.randomness.global_state())[1:],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -488,9 +517,10 @@ class Distillation:
             self.kdci.load_state_dict(state["kdci"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
-        self.class_counts.copy_(state["class_counts"])
+        if self.world.is_first:  # which adds the others'
+            self.class_counts.copy_(state["class_counts"])
         self.log.load_state_dict(state["log"])
-        self.randomness.load_state_dict(state["randomness"])
+        self.randomness.load_state_dict(state["randomness"], state.get("other_processes", ()))
 
 
 def distill(config: DistillConfig[Any]) -> RunResult:
@@ -512,9 +542,16 @@ def distill(config: DistillConfig[Any]) -> RunResult:
         >>> distill(config).accuracy
     """
     check(config)
+    with connect(config.training.device) as world:
+        result: RunResult = world.from_first(_distill(config, world))
+        return result
+
+
+def _distill(config: DistillConfig[Any], world: World) -> RunResult | None:
+    """Run this process's part of a distillation; the first one has the results."""
     task, output = config.task, config.output
     assert task.teacher is not None
-    device = resolve_device(config.training.device)
+    device = resolve_device(local_device(config.training.device))
     teacher = load_network(
         task.teacher,
         task.teacher_weights,
@@ -523,7 +560,9 @@ def distill(config: DistillConfig[Any]) -> RunResult:
         network_args=task.teacher_args,
         given=config.input,
     )
-    run = Distillation(config, teacher, device)
+    run = Distillation(config, teacher, device, world)
+    if not world.is_first:
+        return _Session(run, None, None).finish()
     test: LabelledImages | None = None
     if task.evaluate:
         if run.dataset is None:
@@ -549,9 +588,15 @@ def distill(config: DistillConfig[Any]) -> RunResult:
 
 
 class _Session:
-    """A `Distillation` with its folder, clock and reports."""
+    """A `Distillation` with its folder, clock and reports.
 
-    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledImages | None) -> None:
+    Of several processes the first one has a folder and test images; the others have neither, write
+    nothing and print nothing.
+    """
+
+    def __init__(
+        self, run: Distillation, folder: RunFolder | None, test: LabelledImages | None
+    ) -> None:
         self.run = run
         self.folder = folder
         self.test = test
@@ -561,30 +606,45 @@ class _Session:
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         self.teacher_accuracy = None if test is None else accuracy(run.teacher, test, run.device)
-        if run.config.output.resume and folder.checkpoint.exists():
-            state = load_checkpoint(folder.checkpoint)
+        state = self._saved_state()
+        if state is not None:
             run.load_state_dict(state["run"])
             self.rows, self.seconds = state["rows"], state["seconds"]
             self.peak_memory_mb = state.get("peak_memory_mb", 0.0)
         else:
             run.prepare()
-        if run.unlabelled is not None and run.unlabelled.skipped.count:
+        if folder and run.unlabelled is not None and run.unlabelled.skipped.count:
             write_atomically(folder.skipped, run.unlabelled.skipped.write)
         run.unlabelled = None  # it may hold all candidates
 
-    def finish(self) -> RunResult:
-        """Run to the end, or to Ctrl-C."""
+    def _saved_state(self) -> dict[str, Any] | None:
+        """Return the checkpoint to go on from, which the first process reads for all."""
+        world = self.run.world
+        if not self.run.config.output.resume:
+            return None
+        path = None if self.folder is None else self.folder.checkpoint
+        if world.size == 1:
+            assert path is not None
+            return load_checkpoint(path) if path.exists() else None
+        contents = path.read_bytes() if path is not None and path.exists() else None
+        contents = world.bytes_from_first(contents)
+        return None if contents is None else load_checkpoint(path or Path("checkpoint"), contents)
+
+    def finish(self) -> RunResult | None:
+        """Run to the end, or to Ctrl-C; the first process has the results."""
         run, output = self.run, self.run.config.output
         compensation = "with KDCI" if run.kdci is not None else "without KDCI"
         title = f"{run.config.method} {compensation}"
         progress = Progress(
-            title, run.warmup_rounds + run.total_steps, min(run.round, run.warmup_rounds) + run.step
+            *(title, run.warmup_rounds + run.total_steps),
+            min(run.round, run.warmup_rounds) + run.step,
+            is_shown=run.world.is_first,
         )
         if self.teacher_accuracy is not None:
             progress.note(f"teacher: {self.teacher_accuracy:.2f} %")
         begin = time.monotonic() - self.seconds
         try:
-            with StopRequest() as stop:
+            with StopRequest(is_announced=run.world.is_first) as stop:
                 while run.step < run.total_steps:
                     before = run.step
                     run.advance()
@@ -595,14 +655,16 @@ class _Session:
                         self._end_epoch(epoch, progress)
                         if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
                             self._save()
-                    if stop.requested:
+                    if run.world.any(stop.requested):  # the signal may find them at other steps
                         self._save()
+                        path = "" if self.folder is None else self.folder.path
                         raise Interrupted(
                             f"stopped after {run.step} of {run.total_steps} steps, saved in "
-                            f"{self.folder.path}; go on with: kdci distill --resume --out-dir "
-                            f"{self.folder.path}"
+                            f"{path}; go on with: kdci distill --resume --out-dir {path}"
                         )
         except DivergenceError as error:
+            if self.folder is None:
+                raise
             saved = self.folder.checkpoint
             kept = f"the last checkpoint, {saved}, is from before" if saved.exists() else ""
             raise DivergenceError(
@@ -614,13 +676,16 @@ class _Session:
 
     def _end_epoch(self, epoch: int, progress: Progress) -> None:
         run, training = self.run, self.run.config.training
+        averages = run.log.averages()
+        run.log.reset()
+        if self.folder is None:
+            return
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": run.step,
             "lr": run.optimizer.param_groups[0]["lr"],
-            **run.log.averages(),
+            **averages,
         }
-        run.log.reset()
         text = ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[3:])
         row.update(run.compensation_health())
         short = {}
@@ -650,6 +715,10 @@ class _Session:
         )
         if spoilt is not None:
             raise DivergenceError(f"{spoilt} became nan or infinite by step {self.run.step}")
+        if self.run.world.size > 1:
+            self.run.world.require_equal("the student", fingerprint(self.run.deployed))
+        if self.folder is None:
+            return
         save_checkpoint(
             self.folder.checkpoint,
             {
@@ -665,12 +734,15 @@ class _Session:
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.run.device))
         return self.peak_memory_mb
 
-    def _write_results(self) -> RunResult:
+    def _write_results(self) -> RunResult | None:
         run, folder = self.run, self.folder
+        class_counts = run.world.sum(run.class_counts)
+        if folder is None:
+            return None
         export_network(folder.weights("student"), run.deployed.network, run.info)
         picture_of_images(folder.images, run.method.preview(PREVIEW_IMAGES))
         names = None if self.test is None else self.test.class_names
-        picture_of_proportions(folder.class_proportions, run.class_counts, names)
+        picture_of_proportions(folder.class_proportions, class_counts, names)
         measured = [row["accuracy"] for row in self.rows if "accuracy" in row]
         result = RunResult(
             accuracy=measured[-1] if measured else None,

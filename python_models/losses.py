@@ -309,9 +309,7 @@ class BatchNormStatistics:
         >>> statistics.loss().backward()
     """
 
-    def __init__(
-        self, network: nn.Module, momentum: float = 0.0, world: World = ALONE
-    ) -> None:
+    def __init__(self, network: nn.Module, momentum: float = 0.0, world: World = ALONE) -> None:
         layers = batch_norm_layers(network)
         if not layers:
             raise ValueError("the network has no BatchNorm layer with running statistics")

@@ -29,8 +29,8 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from python_models.data import LabelledData, UnlabelledImages
-from python_models.distributed import ALONE, World
+from python_models.data import LabelledData, UnlabelledImages, to_float
+from python_models.distributed import ALONE, World, shared_chunks
 from python_models.networks import Classifier, Generator, build_generator
 from python_models.randomness import Randomness
 from python_models.registry import Registry
@@ -298,6 +298,24 @@ def generate(generator: Generator, latents: Tensor, teacher: Classifier) -> Tens
     """
     images: Tensor = generator(latents)
     return teacher.denormalise(images) if generator.output_is_normalised else images
+
+
+@torch.no_grad()
+def logits_of(
+    chunks: Sequence[Tensor], teacher: Classifier, world: World, num_classes: int
+) -> Tensor:
+    """Return a teacher's logits of many images, ``[n, num_classes]``, on all processes.
+
+    Args:
+        chunks: The images, uint8, on any device, of which each process looks at some.
+        teacher: Makes the logits on its device.
+        world: The processes.
+        num_classes: Number of logits.
+    """
+    device = teacher.mean.device
+    logits = [torch.empty(0, num_classes, device=device)]
+    logits += [teacher(to_float(chunk.to(device))) for chunk in shared_chunks(chunks, world)]
+    return world.gather_uneven(torch.cat(logits))
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:

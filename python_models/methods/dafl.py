@@ -102,7 +102,7 @@ class DAFL(Method[DAFLSettings]):
             features = self.teacher.features(self._generate(self.settings.synthesis_batch_size))
             terms = self.generator_losses(features, self.teacher.classify(features))
             self.optimizer.zero_grad()
-            backward_into(total(terms), self.generator)
+            backward_into(total(terms), self.generator, world=self.world)
             self.optimizer.step()
         images = self._sample()
         with torch.no_grad():
@@ -110,8 +110,9 @@ class DAFL(Method[DAFLSettings]):
         return Synthesis(self._fresh, {name: term.detach() for name, term in terms.items()})
 
     def _generate(self, count: int) -> Tensor:
+        """Return this process's share of a batch of images."""
         latents = self.generator.sample_latents(count, self._latents)
-        return generate(self.generator, latents, self.teacher)
+        return generate(self.generator, self.world.share(latents), self.teacher)
 
     def generator_losses(self, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the generator's loss.
@@ -124,7 +125,7 @@ class DAFL(Method[DAFLSettings]):
         return {
             "oh": s.oh * losses.one_hot_loss(logits),
             "act": s.act * losses.activation_loss(features),
-            "ie": s.ie * losses.information_entropy_loss(logits, s.entropy_base),
+            "ie": s.ie * losses.information_entropy_loss(logits, s.entropy_base, self.world),
         }
 
     def next_batch(self) -> Batch:

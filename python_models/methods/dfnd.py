@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from python_models import losses
 from python_models.data import RandomCropFlip, UnlabelledImages, to_float
+from python_models.distributed import ALONE, World
 from python_models.errors import UserError
 from python_models.methods.base import METHODS, Batch, Context, Divergence, Method
 from python_models.reporting import Progress
@@ -111,7 +112,11 @@ class DFND(Method[DFNDSettings]):
 
     def prepare(self) -> Tensor:
         """Select the images; their logits are the features of the dictionary."""
-        found = select_confident(self._logits(), self._selected, self.context.num_classes)
+        found = select_confident(
+            *(self._logits(), self._selected, self.context.num_classes), self.world
+        )
+        if self._source is not None:
+            self._source.share_skipped(self.world)
         if not len(found.indices):
             raise UserError("the teacher's logits are NaN for every unlabelled image")
         if self.settings.diagonal is None:
@@ -124,9 +129,11 @@ class DFND(Method[DFNDSettings]):
         """Yield the positions and the teacher's logits of all images, in one pass."""
         source = self._source
         assert source is not None
-        progress = Progress("selecting", math.ceil(len(source) / source.batch_size))
+        world = self.world
+        count = math.ceil(len(source) / source.batch_size / world.size)
+        progress = Progress("selecting", count, is_shown=world.is_first)
         try:
-            for positions, images in source.batches():
+            for positions, images in source.batches(world.rank, world.size):
                 yield positions, self.teacher(to_float(images.to(self.context.device)))
                 progress.step({})
         finally:
@@ -177,8 +184,9 @@ class DFND(Method[DFNDSettings]):
             self._order, self._cursor = torch.cat(orders).to(self.context.device), 0
         chosen = self._order[self._cursor : self._cursor + self.context.batch_size]
         self._cursor += self.context.batch_size
-        images = to_float(self.images[chosen])
-        return Batch(self.augment(images, self._augment_stream))
+        part = self.world.part(self.context.batch_size)
+        images = to_float(self.images[chosen[part.rows]])
+        return Batch(self.augment(images, self._augment_stream, part))
 
     def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
         """Return the distillation and the noise adaptation term."""
@@ -249,7 +257,10 @@ class Selection(NamedTuple):
 
 @torch.no_grad()
 def select_confident(
-    stream: Iterable[tuple[Tensor, Tensor]], count: int, num_classes: int
+    stream: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    num_classes: int,
+    world: World = ALONE,
 ) -> Selection:
     """Select the images that a teacher is most certain of, in one pass with bounded memory.
 
@@ -259,6 +270,7 @@ def select_confident(
         stream: Positions, int64 ``[b]``, ascending, and the teacher's logits ``[b, c]``; read once.
         count: Number of images to select.
         num_classes: Number of logits ``c``.
+        world: Processes with a stream each, of which the images of all are selected.
 
     Returns:
         The ``n <= count`` images of the largest ``max softmax(t)``, of equals the earlier one. An
@@ -272,5 +284,14 @@ def select_confident(
         total += certainty.double().exp().nan_to_num(nan=0.0).sum()
         seen += len(positions)
         top.add(certainty, positions, logits)
-    _, indices, rows = top.result()
+    values, indices, rows = top.result()
+    if world.size > 1:
+        # The best of all are among the best of each. Positions must ascend.
+        order = indices.argsort()
+        columns = [world.gather_uneven(column[order]) for column in (values, indices, rows)]
+        order = columns[1].argsort()
+        top = TopRows(count, num_classes)
+        top.add(*(column[order] for column in columns))
+        _, indices, rows = top.result()
+        total, seen = world.sum(total), int(world.sum(torch.tensor(seen)))
     return Selection(indices, rows, (total / max(seen, 1)).item())

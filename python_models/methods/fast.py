@@ -42,6 +42,7 @@ from python_models.methods.base import (
     generate,
     total,
 )
+from python_models.methods.pooled import sample_batch
 
 REPTILE_GAIN = 67.0
 """Factor of the Reptile gradient in the released code."""
@@ -118,7 +119,7 @@ class Fast(Method[FastSettings]):
             self.latents = nn.Parameter(zeros)
             groups.append({"params": [self.latents], "lr": settings.lr_z_meta})
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
-        self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum)
+        self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum, self.world)
         self.pool = ImagePool(
             settings.pool_size, context.image_shape, context.device, settings.pool_storage
         )
@@ -152,6 +153,8 @@ class Fast(Method[FastSettings]):
             generator=stream,
             device=self.context.device,
         )
+        # All processes hold all latents, and each makes the images of its part of them.
+        part = self.world.part(s.synthesis_batch_size)
         optimizer = torch.optim.Adam(
             [
                 {"params": inner.parameters(), "lr": s.lr_g},
@@ -162,19 +165,22 @@ class Fast(Method[FastSettings]):
         self.optimizer.zero_grad()
         # The best images are kept by torch.where, which does not wait for the device.
         best_loss = torch.full((), torch.inf, device=self.context.device)
-        best_images = latents.new_zeros(s.synthesis_batch_size, *self.context.image_shape)
+        best_images = latents.new_zeros(part.stop - part.start, *self.context.image_shape)
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
-            images = generate(inner, latents, self.teacher)
+            images = generate(inner, latents[part.rows], self.teacher)
             terms = self.generator_losses(
-                self.augment(images, stream), targets, adversarial=index >= s.warmup
+                self.augment(images, stream, part),
+                targets[part.rows],
+                adversarial=index >= s.warmup,
             )
             loss = total(terms)
-            better = loss.detach() < best_loss
+            whole_loss = self.world.mean(loss.detach())
+            better = whole_loss < best_loss
             best_images = torch.where(better, images.detach(), best_images)
-            best_loss = torch.where(better, loss.detach(), best_loss)
+            best_loss = torch.where(better, whole_loss, best_loss)
             optimizer.zero_grad()
-            backward_into(loss, inner, latents)
+            backward_into(loss, inner, latents, world=self.world)
             if s.meta == "fomaml":
                 _add_gradients(self._learned(), self._learned(inner, latents))
             optimizer.step()
@@ -183,7 +189,7 @@ class Fast(Method[FastSettings]):
             _set_reptile_gradients(self._learned(), self._learned(inner, latents))
         if s.meta != "none":
             self.optimizer.step()
-        self.pool.add(best_images)
+        self.pool.add(self.world.gather(best_images))
         return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
 
     def _draw_latents(self, stream: torch.Generator) -> Tensor:
@@ -232,7 +238,7 @@ class Fast(Method[FastSettings]):
         modules = list(self.generator.modules())
         # Latents that are maps begin with a convolution.
         first = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
-        norm = next(m for m in modules if isinstance(m, nn.BatchNorm2d))
+        norm = next(m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm))
         with self.context.randomness.initialising("reset"):
             for layer in (first, norm):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
@@ -241,8 +247,7 @@ class Fast(Method[FastSettings]):
 
     def next_batch(self) -> Batch:
         """Return augmented images of the pool."""
-        images = self.pool.sample(self.context.batch_size, self._pool_stream)
-        return Batch(self.augment(images, self._pool_stream))
+        return sample_batch(self.context, self.pool, self.augment, self._pool_stream)
 
     def preview(self, count: int) -> Tensor:
         """Return images of the pool."""

@@ -162,7 +162,7 @@ class MosaicKD(Method[MosaicKDSettings]):
         self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
         with context.randomness.initialising("discriminator"):
             discriminator = build_discriminator(settings.discriminator, context.image_shape[0])
-        self.discriminator = on_device(discriminator, context.device)
+        self.discriminator = self.world.synchronised(on_device(discriminator, context.device))
         self.optimizer_g = torch.optim.Adam(
             self.generator.parameters(), lr=settings.lr_g, betas=(0.5, 0.999)
         )
@@ -177,6 +177,7 @@ class MosaicKD(Method[MosaicKDSettings]):
         self._order = RandomOrder(randomness.on_cpu("order"), device)
         self._num_sampled = context.batch_size // 2
         self._num_generated = context.batch_size - self._num_sampled
+        self.world.require_even("half of batch_size", self._num_sampled)
         self.parts = {
             "generator": self.generator,
             "discriminator": self.discriminator,
@@ -223,11 +224,11 @@ class MosaicKD(Method[MosaicKDSettings]):
         real = self._sample(self._real_order)
         discriminator_loss = self.discriminator_loss(images.detach(), real)
         self.optimizer_d.zero_grad()
-        backward_into(discriminator_loss, self.discriminator)
+        backward_into(discriminator_loss, self.discriminator, world=self.world)
         self.optimizer_d.step()
         terms = self.generator_losses(images)
         self.optimizer_g.zero_grad()
-        backward_into(total(terms), self.generator)
+        backward_into(total(terms), self.generator, world=self.world)
         self.optimizer_g.step()
         terms["discriminator"] = discriminator_loss
         return Synthesis(None, {name: term.detach() for name, term in terms.items()})
@@ -247,22 +248,24 @@ class MosaicKD(Method[MosaicKDSettings]):
         return {
             "local": s.local * losses.patch_loss(patches, real=True),
             "align": s.align * losses.mean_entropy(logits),
-            "balance": s.balance * losses.information_entropy_loss(logits, "2"),
+            "balance": s.balance * losses.information_entropy_loss(logits, "2", self.world),
             "adv": s.adv * losses.adversarial_loss(self.student(images), logits),
         }
 
     def _generate(self) -> Tensor:
         self.generator.train()  # also when a resumed run begins within a round
         latents = self.generator.sample_latents(self._num_generated, self._latents)
-        return generate(self.generator, latents, self.teacher)
+        return generate(self.generator, self.world.share(latents), self.teacher)
 
     def _sample(self, order: RandomOrder) -> Tensor:
-        return to_float(self.images[order.take(self._num_sampled, len(self.images))])
+        rows = order.take(self._num_sampled, len(self.images))
+        return to_float(self.images[self.world.share(rows)])
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
         """Return fresh images of the generator, then as many augmented unlabelled ones."""
-        sampled = self.augment(self._sample(self._order), self._augment_stream)
+        part = self.world.part(self._num_sampled)
+        sampled = self.augment(self._sample(self._order), self._augment_stream, part)
         return Batch(torch.cat([self._generate(), sampled]))
 
     @torch.no_grad()

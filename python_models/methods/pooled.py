@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from python_models.data import ImagePool, RandomCropFlip
+from python_models.distributed import ALONE, World
 from python_models.methods.base import Batch, Context, Method
 
 
@@ -49,16 +50,27 @@ class PooledMethod(Method[PoolSettingsT]):
 
     def next_batch(self) -> Batch:
         """Return augmented images of the pool."""
-        images = self.pool.sample(self.context.batch_size, self._pool_stream)
-        return Batch(self.augment(images, self._pool_stream))
+        return sample_batch(self.context, self.pool, self.augment, self._pool_stream)
 
     def preview(self, count: int) -> Tensor:
         """Return images of the pool."""
         return self.pool.sample(count, torch.Generator().manual_seed(0))
 
 
+def sample_batch(
+    context: Context, pool: ImagePool, augment: RandomCropFlip, stream: torch.Generator
+) -> Batch:
+    """Return this process's share of a batch of augmented images of a pool."""
+    part = context.world.part(context.batch_size)
+    images = pool.sample(context.batch_size, stream, part)
+    return Batch(augment(images, stream, part))
+
+
 class Best:
     """Copies of tensors from the moment of the lowest loss; never waits for the device.
+
+    Args:
+        world: Processes whose mean loss counts.
 
     Example:
         >>> best = Best()
@@ -67,7 +79,8 @@ class Best:
         >>> (images,) = best.tensors
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self.tensors: tuple[Tensor, ...] = ()
         self._loss: Tensor | None = None
 
@@ -78,7 +91,7 @@ class Best:
             loss: Scalar.
             *tensors: Of the same shapes in every call.
         """
-        loss = loss.detach()
+        loss = self._world.mean(loss.detach())
         if self._loss is None:
             self.tensors = tuple(tensor.detach().clone() for tensor in tensors)
             self._loss = loss.nan_to_num(nan=torch.inf)
