@@ -51,7 +51,7 @@ def gathered_rows(rows: Tensor, group: distributed.ProcessGroup | None = None) -
 def row_counts(rows: Tensor, group: distributed.ProcessGroup | None = None) -> list[int]:
     """Return how many rows each process holds; all of them must call it."""
     count = torch.tensor([len(rows)], device=rows.device)
-    return torch.cat(streaming._gathered(count, group)).tolist()  # type: ignore[no-any-return]
+    return torch.cat(streaming._gathered(count, group)).tolist()
 
 
 def _first(group: distributed.ProcessGroup | None) -> int:

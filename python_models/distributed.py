@@ -20,6 +20,7 @@ All processes hold the same networks, pools and banks, and each works on its row
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,10 +38,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long a process waits for the others: longer than any of them works alone."""
 
-_REASON_SECONDS = 5.0
+_REASON_SECONDS = 3.0
 """How long a process whose peer is gone waits for the reason."""
 
-_FAILED, _REASON = "kdci/failed", "kdci/reason"
+_numbers = itertools.count()
+"""Of this process's runs, to tell them apart in a process group that outlives them."""
 
 
 class Part(NamedTuple):
@@ -404,25 +406,29 @@ def connect(device: str) -> Iterator[World]:
             'too: init_process_group("cpu:gloo,cuda:nccl")'
         )
     world = World(distributed.get_rank(), distributed.get_world_size())
+    run = f"kdci/{next(_numbers)}"
     try:
         yield world
         if world.size > 1:
             distributed.barrier()  # a process that leaves early would look like a failed one
     except BaseException as error:
-        raise _agreed(error, world) from error
+        raise _agreed(error, world, run) from error
     finally:
         if is_ours:
             distributed.destroy_process_group()
 
 
-def _agreed(error: BaseException, world: World) -> BaseException:
-    """Return what this process raises when an error ends its part of a run."""
+def _agreed(error: BaseException, world: World, run: str) -> BaseException:
+    """Return what this process raises when an error ends its part of a run.
+
+    The store that connected the processes tells who was first to fail, and why.
+    """
     if isinstance(error, Interrupted):  # by agreement; the first process says how to go on
         return error if world.is_first else Interrupted("")
     try:
         store = distributed.distributed_c10d._get_default_store()
         if _is_of_connection(error):
-            reason = _reason_of_peer(store)
+            reason = _reason_of_peer(store, run)
             if reason is not None:
                 return PeerError(reason)
             error = PeerError(
@@ -430,9 +436,9 @@ def _agreed(error: BaseException, world: World) -> BaseException:
                 f"{TIMEOUT.total_seconds() / 60:.0f} minutes ({_first_line(error)})"
             )
             error.is_unexplained = True
-        if store.add(_FAILED, 1) > 1:
-            return PeerError(_reason_of_peer(store) or "another process of the run failed")
-        store.set(_REASON, _first_line(error))
+        if store.add(f"{run}/failed", 1) > 1:
+            return PeerError(_reason_of_peer(store, run) or "another process of the run failed")
+        store.set(f"{run}/reason", _first_line(error))
     except RuntimeError:  # the store went with the process that kept it
         return error if not _is_of_connection(error) else PeerError("another process failed")
     return error
@@ -450,11 +456,11 @@ def _is_of_connection(error: BaseException) -> bool:
     return type(error) is RuntimeError and any(word in str(error) for word in words)
 
 
-def _reason_of_peer(store: distributed.Store) -> str | None:
+def _reason_of_peer(store: distributed.Store, run: str) -> str | None:
     end = time.monotonic() + _REASON_SECONDS
     while time.monotonic() < end:
-        if store.check([_REASON]):
-            return store.get(_REASON).decode()  # type: ignore[no-any-return]
+        if store.check([f"{run}/reason"]):
+            return store.get(f"{run}/reason").decode()  # type: ignore[no-any-return]
         time.sleep(0.05)
     return None
 

@@ -20,10 +20,10 @@ import kdci_ext
 from python_models import cli
 from python_models.distributed import World
 from python_models.engine import Distillation, distill
-from python_models.errors import UserError
+from python_models.errors import PeerError, UserError
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["team"])
+_CONTEXT.set_forkserver_preload(["kdci_ext", "python_models.engine", "python_models.methods"])
 
 
 class Team:
@@ -80,10 +80,10 @@ def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
 
 
 def refusal(rank: int, work: Any, *arguments: Any) -> str:
-    """Return the message of the ValueError that other work must end with."""
+    """Return the message of the error that other work must end with: of one or of a peer."""
     try:
         work(rank, *arguments)
-    except ValueError as error:
+    except (ValueError, PeerError) as error:
         return str(error)
     raise AssertionError("no error")
 
@@ -135,7 +135,8 @@ def update(rank: int, shards: list[Tensor], options: dict[str, Any], gathered: i
 def batch_norm(rank: int, layer: nn.Module, rows: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Train a BatchNorm layer on this process's rows; return what comes of it."""
     world = World(rank, distributed.get_world_size())
-    layer = world.synchronised(nn.Sequential(layer))
+    # Processes share the memory of the tensors that they are sent.
+    layer = world.synchronised(nn.Sequential(copy.deepcopy(layer)))
     own = world.share(rows).clone().requires_grad_()
     out = layer(own)
     # The mean of the processes' losses is that of one process.

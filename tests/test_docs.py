@@ -13,7 +13,7 @@ import torch
 
 import kdci_ext
 
-MODULES = ["", "._load", ".functional", ".modules", ".streaming"]
+MODULES = ["", "._load", ".distributed", ".functional", ".modules", ".streaming"]
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 
@@ -46,6 +46,7 @@ def test_public_names_are_documented():
         *("functional.compensate", "functional.compensated_kd_loss"),
         *("functional.confounder_dictionary", "streaming.stream_confounder_dictionary"),
         *("streaming.column_moments", "streaming.partial_sums"),
+        "distributed_confounder_dictionary",
     ]
     for name in functions:
         doc = operator.attrgetter(name)(kdci_ext).__doc__
