@@ -423,8 +423,13 @@ def _agreed(error: BaseException, world: World, run: str) -> BaseException:
 
     The store that connected the processes tells who was first to fail, and why.
     """
-    if isinstance(error, Interrupted):  # by agreement; the first process says how to go on
-        return error if world.is_first else Interrupted("")
+    # These all raise at the same step; the first one knows the run folder.
+    if world.is_first and isinstance(error, Interrupted | DivergenceError):
+        return error
+    if isinstance(error, Interrupted):
+        return Interrupted("")
+    if isinstance(error, DivergenceError):
+        return PeerError(_first_line(error))
     try:
         store = distributed.distributed_c10d._get_default_store()
         if _is_of_connection(error):

@@ -459,7 +459,7 @@ class Distillation:
             ``dictionary_entropy``: ``-sum p log p`` of the dictionary's proportions (as shares), in
             nats: log K where all prototypes are equally common, 0 where one is all.
             ``compensation_ratio``: ``mean |F| / mean |S|``, the size of the compensation relative
-            to the student's logits, on the last batch.
+            to the student's logits, on the last batch. All processes must call it.
         """
         logits = self._compensated_logits
         if self.kdci is None or logits is None:
@@ -469,7 +469,9 @@ class Distillation:
         # Looking must not change the run: the ablation with random attention draws.
         with self.randomness.untouched():
             size = (self.kdci(logits) - logits).abs().mean()
-        values = torch.stack([torch.special.entr(shares).sum(), size / logits.abs().mean()])
+        mean = self.world.mean
+        ratio_of_means = mean(size) / mean(logits.abs().mean())
+        values = torch.stack([torch.special.entr(shares).sum(), ratio_of_means])
         entropy, ratio = values.tolist()
         return {"dictionary_entropy": entropy, "compensation_ratio": ratio}
 
@@ -678,6 +680,7 @@ class _Session:
         run, training = self.run, self.run.config.training
         averages = run.log.averages()
         run.log.reset()
+        health = run.compensation_health()
         if self.folder is None:
             return
         row: dict[str, Any] = {
@@ -687,7 +690,7 @@ class _Session:
             **averages,
         }
         text = ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[3:])
-        row.update(run.compensation_health())
+        row.update(health)
         short = {}
         last = epoch == training.epochs
         if self.test is not None and (last or epoch % run.config.output.evaluate_every == 0):

@@ -39,7 +39,7 @@ def curves(folder: Path) -> dict[str, Tensor]:
     """Return the columns of metrics.csv but for times."""
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     names = [name for name in rows[0] if "second" not in name]
-    return {name: torch.tensor([float(row[name]) for row in rows]) for name in names}
+    return {name: torch.tensor([float(row[name] or 0) for row in rows]) for name in names}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
