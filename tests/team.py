@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_task import tiny_config
+from tiny_task import in_double, tiny_config
 from torch import Tensor, distributed, nn
 
 import kdci_ext
@@ -21,9 +21,10 @@ from python_models import cli
 from python_models.distributed import World
 from python_models.engine import Distillation, distill
 from python_models.errors import PeerError, UserError
+from python_models.teacher import load_network
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["kdci_ext", "python_models.engine", "python_models.methods"])
+_CONTEXT.set_forkserver_preload(["python_models.engine", "tyro", "yaml", "safetensors.torch"])
 
 
 class Team:
@@ -93,6 +94,24 @@ def run(rank: int, task: dict[str, Any], method: str, values: dict[str, Any]) ->
     return distill(tiny_config(task, method, **values)).accuracy
 
 
+def losses_in_double(
+    rank: int, task: dict[str, Any], method: str, values: dict[str, Any], steps: int = 5
+) -> list[dict[str, float]]:
+    """Make some steps in float64; return the loss terms after each call of the loop."""
+    size = distributed.get_world_size() if distributed.is_initialized() else 1
+    config = tiny_config(task, method, **values)
+    assert config.task.teacher is not None
+    teacher = load_network(config.task.teacher, None, None)
+    run = in_double(Distillation(config, teacher, torch.device("cpu"), World(rank, size)))
+    run.deployed.double()
+    run.prepare()
+    found = []
+    while run.step < min(steps, run.total_steps):
+        run.advance()
+        found.append(dict(run.log.last))
+    return found
+
+
 def run_interrupted(
     rank: int, task: dict[str, Any], method: str, values: dict[str, Any], at: int
 ) -> str:
@@ -130,6 +149,25 @@ def update(rank: int, shards: list[Tensor], options: dict[str, Any], gathered: i
     generator = torch.Generator().manual_seed(0 if rank == 0 else 1000 + rank)
     found = kdci.update(shards[rank], generator, group=distributed.group.WORLD)
     return [kdci.prototypes, kdci.proportions, found.labels]
+
+
+def run_spoilt(rank: int, task: dict[str, Any], values: dict[str, Any]) -> str:
+    """Distil, with a NaN in the last process's weights alone; return how it ends."""
+    original = Distillation.advance
+
+    def advance(self: Distillation) -> None:
+        if self.step == 2 and rank == distributed.get_world_size() - 1:
+            next(iter(self.student.parameters())).data.fill_(torch.nan)
+        original(self)
+
+    Distillation.advance = advance  # type: ignore[method-assign]
+    try:
+        run(rank, task, "noise", values)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        Distillation.advance = original  # type: ignore[method-assign]
+    raise AssertionError("not stopped")
 
 
 def batch_norm(rank: int, layer: nn.Module, rows: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -181,10 +219,7 @@ def command(rank: int, size: int, port: int, words: list[str], failure: str, fol
         if self.step == 2 and rank == size - 1:
             if failure == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if failure == "error":
-                raise UserError("something is wrong here")
-            if failure == "nan":
-                next(iter(self.student.parameters())).data.fill_(torch.nan)
+            raise UserError("something is wrong here")
         original(self)
 
     Distillation.advance = advance  # type: ignore[method-assign]
