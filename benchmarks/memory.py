@@ -60,9 +60,14 @@ def allocated_peak(work: Callable[[], Any], device: str = "cpu") -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(use_cpu=True, profile_memory=True) as profiler:
-        result = work()  # kept, so that what it holds counts until the end
-    del result
+    gc.collect()  # what is freed meanwhile must have been allocated meanwhile
+    gc.disable()
+    try:
+        with profile(use_cpu=True, profile_memory=True) as profiler:
+            result = work()  # kept, so that what it holds counts until the end
+        del result
+    finally:
+        gc.enable()
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
