@@ -80,7 +80,7 @@ QUICK = SHAPES[:2]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the result file: a contender in a pass on a shape. NaN stands for what is not known.
+    """A line of the result file: a contender in a pass on a shape. NaN is what is not known.
 
     Attributes:
         step: One of ``PASSES``.
@@ -358,9 +358,7 @@ def _bench_pass(
         allowance = shape.allowance / 2**20 if step != "forward" else nan
         if name in notes:
             empty = (nan, nan, nan, 0, 0, 0, nan, nan, nan, nan, nan)
-            rows.append(
-                Row(shape.label, step, name, *empty, allowance, floor_ms, nan, notes[name])
-            )
+            rows.append(Row(shape.label, step, name, *empty, allowance, floor_ms, nan, notes[name]))
             continue
         timing = timings[name]
         rows.append(
@@ -385,7 +383,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         allowed = "" if step == "forward" else f", {here[0].allowance_mib:.3g} MiB allowed"
         print(f" {step}: floor {here[0].floor_ms:.4g} ms{allowed}")
         print(f"  {'contender':18} {'median ms':>10} {'p20-p80':>17} {'x native':>8} "
-              f"{'of floor':>8} {'error':>9} {'gradients':>9} {'MiB':>7} {'rounds':>10}")  # fmt: skip
+              f"{'of floor':>8} {'error':>9} {'gradients':>9} {'MiB':>7} "
+              f"{'rounds':>10}")  # fmt: skip
         for row in here:
             if row.rounds == 0:
                 print(f"  {row.contender:18} {row.note}")

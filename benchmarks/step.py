@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,9 +79,7 @@ class MethodRun:
 
 METHODS = (
     MethodRun("fast", "demo-fashion", (("warmup", 0),)),
-    MethodRun(
-        "deepinversion", "deepinversion-fashion", quick=(("g_steps", 3), ("kd_steps", 2))
-    ),
+    MethodRun("deepinversion", "deepinversion-fashion", quick=(("g_steps", 3), ("kd_steps", 2))),
     MethodRun("dfnd", "dfnd-fashion", (("unlabelled", "wild.npz"), ("select", 2000))),
 )
 UNLABELLED = 4000
@@ -264,9 +262,7 @@ def bench_network(
         student = Student(network, prototypes)
         return Contender(str(prototypes), lambda _: student.step(images, teacher_logits))
 
-    timings = measure(
-        [contender(k) for k in sizes], timer, seconds=seconds, min_rounds=min_rounds
-    )
+    timings = measure([contender(k) for k in sizes], timer, seconds=seconds, min_rounds=min_rounds)
 
     def train(prototypes: int | None) -> None:
         student = Student(network, prototypes)

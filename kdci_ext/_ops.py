@@ -254,8 +254,8 @@ def _loop(
     return outputs, (0,) * len(outputs)
 
 
-# torch.func wants functions whose context is set up apart, and refuses what register_autograd makes.
-# Transforms nest: what is called within a forward or backward pass may again be transformed.
+# torch.func wants functions whose context is set up apart, and refuses what register_autograd
+# makes. Transforms nest: what is called within a forward or backward pass may again be transformed.
 
 
 class _FunctionalBackward(torch.autograd.Function):

@@ -116,7 +116,9 @@ def test_a_shape_is_measured_in_all_passes() -> None:
             continue
         assert (row.rounds, row.note) == (1, "")
         assert row.output_error < 1e-5
-        assert math.isnan(row.gradient_error) if row.step == "forward" else row.gradient_error < 1e-5
+        assert (
+            math.isnan(row.gradient_error) if row.step == "forward" else row.gradient_error < 1e-5
+        )
         term = 4 * TINY.batch * TINY.k * TINY.hidden / 2**20
         if row.contender != "native":
             assert row.memory_mib > term
@@ -188,9 +190,7 @@ def step_row(**changes: Any) -> step.Row:
     without = Timing(200.0, 180.0, 240.0, 5, 1, 0, 1.0)
     with_kdci = Timing(206.0, 190.0, 270.0, 4, 2, 1, 1.0)
     parts = step.Parts(2.0, 1.0, 10.0)
-    made = step._row(
-        *("method", "fast", 128, 10, 8, 5, without, with_kdci, 2, parts, 100.0, 100.5)
-    )
+    made = step._row(*("method", "fast", 128, 10, 8, 5, without, with_kdci, 2, parts, 100.0, 100.5))
     return replace(made, **changes)
 
 
