@@ -6,9 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks import compensation, dictionary, step
+from benchmarks import compensation, dictionary
 from benchmarks.harness import RESULTS, load
+
+if TYPE_CHECKING:
+    from benchmarks import step
 
 README_FILES = {
     "dictionary": "dictionary-1-thread",
@@ -50,6 +54,8 @@ def _compensation_table(path: Path) -> str:
 
 
 def _step_table(path: Path) -> str:
+    from benchmarks import step  # needs python_models, which the other benchmarks do not
+
     about, rows = load(path, step.Row)
     return step_table(about, rows)
 

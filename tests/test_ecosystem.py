@@ -347,7 +347,7 @@ def test_error_law_at_any_pre_activation(pre_activation, function):
     from pre-activations whose tanh is their argument to those where it is a sign.
     """
     worst = {"native": torch.zeros(5), "reference": torch.zeros(5)}
-    for seed in range(4):
+    for seed in range(16):  # a single loss may come out exact by luck
         inputs = make_attention(24, 10, 8, 64, seed=seed)
         # Of the projections alone: the logits stay as they are.
         size = (inputs.logits @ inputs.w_query.T).abs().max()

@@ -355,7 +355,8 @@ void Compensation<T>::backward(const T* weights, CompensationGrads& grads) {
   } else if (direct == blocks) {
     grad_key_ = keys_.exponentials;
   } else {
-    memory = empty_cpu({keys_.count * keys_.padded}, grads.logits.scalar_type());
+    memory =
+        empty_cpu({keys_.count * keys_.padded}, grads.logits.scalar_type());
     grad_key_ = data<T>(memory);
   }
   const int64_t width = kernels_.panel_width;
