@@ -337,6 +337,28 @@ def test_memory_of_the_loss_and_its_gradients(sizes, weighting):
     assert 4 * gradients < allocated_peak(work) <= 4 * allowed
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+def test_memory_of_compensation_forward_and_backward(sizes):
+    """What the forward pass keeps, B K + (B + K) H, is there while the backward pass makes as much:
+    twice that, and at no time a term of size B x K x H.
+    """
+    batch, _, k, hidden = sizes
+    inputs = make_attention(*sizes).to(torch.float32)
+    trained = (inputs.logits, inputs.w_query, inputs.w_key, inputs.w_score)
+    for value in trained:
+        value.requires_grad_()
+    grad_output = torch.randn(inputs.logits.shape)
+
+    def work() -> Any:
+        output = compensate(*inputs.operands)
+        return output, torch.autograd.grad(output, trained, grad_output)
+
+    work()
+    everything = sum(value.numel() for value in (*inputs.operands, *trained))
+    allowed = everything + 2 * (batch * k + (batch + k) * hidden)
+    assert allocated_peak(work) <= 4 * allowed
+
+
 # -- exactness at the ends of the scale --------------------------------------
 
 
