@@ -384,7 +384,8 @@ def _refuse_forward_mode(name: str, tensors: tuple[Tensor, ...]) -> None:
     """Refuse tangents, which the operators would drop without a word."""
     if forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    unpack: Any = forward_ad.unpack_dual  # annotated in some versions of PyTorch only
+    if any(unpack(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             f"kdci_ext::{name} has no forward-mode derivative (jvp): use backend='reference' for it"
         )
