@@ -455,7 +455,8 @@ def summarize(rows: Sequence[Row]) -> list[str]:
             marks = ["[yes]" if s <= wanted else "[no]" for s in (row.share, row.every_step_share)]
             lines.append(
                 f"{row.name}, K={row.prototypes}: KDCI's share {row.share:.3%} (<= {wanted:.2%}) "
-                f"{marks[0]}, with a dictionary in every step {row.every_step_share:.3%} {marks[1]}"
+                f"{marks[0]}, {row.net_share:.3%} beyond the loss that it replaces; with a "
+                f"dictionary in every step {row.every_step_share:.3%} {marks[1]}"
             )
         elif row.kind == "method":
             measured = row.difference_ms / row.without_ms
