@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``kdci``; by default those of the process.
 
     Returns:
-        Exit code: 0 done, 1 a training failed or a study missed a floor, 2 the user's mistake, 130 stopped by Ctrl-C.
+        Exit code: 0 done, 1 a training failed or a study missed a floor, 2 the user's mistake,
+        130 stopped by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -212,7 +212,7 @@ def test_a_name_given_twice_and_missing_files(
 def test_a_study_runs_every_cell_and_writes_its_results(
     finished: tuple[StudyConfig, StudyResult],
 ) -> None:
-    config, result = finished
+    result = finished[1]
     assert result.problems == ()
     out = result.folder
     assert list(begun(out).values()) == [1, 1, 1, 1]

@@ -180,6 +180,8 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         0 when nothing is left to do, 130 when it was stopped.
     """
+    import matplotlib.figure  # noqa: F401  # once, instead of in each child
+
     values = json.loads(arguments[0])
     config = override(StudyConfig(study=values["study"]), values, "worker")
     try:
