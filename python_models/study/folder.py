@@ -169,8 +169,8 @@ class StudyFolder:
             own = study.own_teacher(cell)
             if own is not None:
                 values["teacher"] = str(self.teachers[own].path)
-            settings = override(cell.config, values, "kdci study")
-            self.runs[cell] = Job(cell.title, path, settings, own)
+            run = override(cell.config, values, "kdci study")
+            self.runs[cell] = Job(cell.title, path, run, own)
 
     @property
     def jobs(self) -> list[Job]:

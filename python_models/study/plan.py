@@ -233,7 +233,7 @@ class _Reader:
         task: str,
         method: str,
         values: Any,
-        layers: list[tuple[str, Mapping[str, Any]]],
+        layers: Sequence[tuple[str, Mapping[str, Any]]],
         variants: Mapping[str, Mapping[str, Any]],
     ) -> list[Cell]:
         """Return an entry's cells, with the default seed."""
@@ -285,7 +285,7 @@ class _Reader:
         return seeds
 
     def _named(self, key: str) -> dict[str, Any]:
-        values = self.values.get(key) or {}
+        values: dict[str, Any] = self.values.get(key) or {}
         if not isinstance(values, dict):
             raise self._error(key, "must hold lines of the form `name: {setting: value}`")
         folded: dict[str, str] = {}
