@@ -307,11 +307,11 @@ class _Reader:
         values = {} if values is None else values
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise self._error(key, "must hold settings, as `name: value`")
-        values = {name.replace("-", "_"): value for name, value in values.items()}
+        settings: dict[str, Any] = {name.replace("-", "_"): v for name, v in values.items()}
         for name, hint in OF_THE_STUDY.items():
-            if name in values and name not in allowed:
+            if name in settings and name not in allowed:
                 raise self._error(key, f"{name} is not for a study file: {hint}")
-        return values
+        return settings
 
     def _teacher(self, key: str, values: Any) -> TrainTeacherConfig:
         settings = self._settings(key, values, allowed=("seed",))
