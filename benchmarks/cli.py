@@ -229,8 +229,11 @@ def _compensation(arguments: argparse.Namespace) -> None:
 
 def _time_of_rounds(arguments: argparse.Namespace) -> tuple[float, int]:
     """Return the time of a comparison and its rounds at least."""
-    seconds = arguments.seconds or (0.5 if arguments.quick else 4.0)
-    rounds = arguments.rounds or 3
+    seconds, rounds = arguments.seconds, arguments.rounds
+    if seconds is None:
+        seconds = 0.5 if arguments.quick else 4.0
+    if rounds is None:
+        rounds = 3
     for name, value in (("seconds", seconds), ("rounds", rounds)):
         if value <= 0:
             raise ValueError(f"{name}={value} must be > 0")
