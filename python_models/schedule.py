@@ -13,7 +13,12 @@ import torch
 from python_models.config import read_settings
 from python_models.errors import UserError
 
-MAY_CHANGE = frozenset({"out_dir", "resume", "overwrite", "device", "data_root"})
+MAY_CHANGE = frozenset(
+    {
+        *("out_dir", "resume", "overwrite", "checkpoint_every", "checkpoint_minutes"),
+        *("device", "data_root"),
+    }
+)
 """Settings that may differ when a run is resumed."""
 
 

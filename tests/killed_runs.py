@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole `kdci` processes that die by SIGKILL at an exact instant.
+
+They are forked from one process that has imported everything (multiprocessing's forkserver), so
+that each begins at once. An instant is a number of Python events (calls of functions and returns
+from them), counted while the run trains or while it writes checkpoints: as fine as the interpreter
+can tell, and the same in every repetition.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+PRELOADED = [
+    *("torch", "tyro", "matplotlib.figure", "matplotlib.image", "matplotlib.backends.backend_agg"),
+    *("python_models.cli", "python_models.engine", "killed_runs"),
+]
+
+
+@dataclass(frozen=True)
+class Events:
+    """Numbers of events: in the whole training loop, and in the writing of checkpoints in it."""
+
+    training: int
+    writing: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit code, negative for a signal, and what it counted."""
+
+    code: int
+    events: Events | None
+
+
+class RunServer:
+    """Starts `kdci` processes on one thread, quickly.
+
+    Args:
+        folder: Working directory of the processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+
+    def run(
+        self,
+        *words: str,
+        kill: tuple[str, int] | None = None,
+        limit_file_size: int | None = None,
+    ) -> Ended:
+        """Run ``kdci`` with these words to its end.
+
+        Args:
+            *words: Of the command line.
+            kill: What is counted, ``training`` or ``writing``, and the event to die at.
+            limit_file_size: Bytes that no file of the process can exceed, as on a full disk.
+        """
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_child, args=(sender, str(self._folder), words, kill, limit_file_size)
+        )
+        process.start()
+        sender.close()
+        process.join()
+        assert process.exitcode is not None
+        events = None
+        if process.exitcode == 0:
+            events = Events(*receiver.recv())
+        return Ended(process.exitcode, events)
+
+
+def _child(
+    connection: Connection,
+    folder: str,
+    words: tuple[str, ...],
+    kill: tuple[str, int] | None,
+    limit_file_size: int | None,
+) -> None:
+    import resource
+
+    import torch
+
+    from python_models.cli import main
+
+    torch.set_num_threads(1)
+    # What pytest captures is not this process's; the file tells what went wrong.
+    output = os.open(Path(folder) / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if limit_file_size is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, hard))
+    counted = _count(kill)
+    code = main(list(words))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        connection.send((counted["training"], counted["writing"]))
+    os._exit(code)
+
+
+def _count(kill: tuple[str, int] | None) -> dict[str, int]:
+    """Count events from the loop's first step to its end; die at the one asked for."""
+    from python_models import engine
+
+    counted = {"training": 0, "writing": 0}
+    writing = False
+
+    def on_event(_: FrameType, kind: str, __: Any) -> None:
+        counted["training"] += 1
+        if writing:
+            counted["writing"] += 1
+        if kill is not None and counted[kill[0]] == kill[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*arguments: Any) -> Any:
+            before()
+            try:
+                return original(*arguments)
+            finally:
+                after()
+
+        setattr(owner, name, wrapped)
+
+    def set_writing(value: bool) -> None:
+        nonlocal writing
+        writing = value
+
+    def nothing() -> None:
+        pass
+
+    around(engine, "save_checkpoint", lambda: set_writing(True), lambda: set_writing(False))
+    around(engine.Distillation, "advance", lambda: sys.setprofile(on_event), nothing)
+    around(engine._Session, "_write_results", lambda: sys.setprofile(None), nothing)
+    return counted
