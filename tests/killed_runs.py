@@ -20,7 +20,8 @@ from typing import Any
 
 PRELOADED = [
     *("torch", "tyro", "matplotlib.figure", "matplotlib.image", "matplotlib.backends.backend_agg"),
-    *("python_models.cli", "python_models.engine", "killed_runs"),
+    *("python_models.cli", "python_models.engine"),
+    "torch._dynamo",  # which torch imports when the first optimiser is made
 ]
 
 
@@ -123,7 +124,9 @@ def _count(kill: tuple[str, int] | None) -> dict[str, int]:
         if kill is not None and counted[kill[0]] == kill[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def around(
+        owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
         original = getattr(owner, name)
 
         def wrapped(*arguments: Any) -> Any:

@@ -4,13 +4,11 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from killed_runs import RunServer
-from tiny_task import METHOD_SETTINGS, make_task
 from test_resume import metrics_of, weights_of
+from tiny_task import METHOD_SETTINGS, make_task, write_config
 
 from python_models.checkpoint import load_checkpoint
 
@@ -22,15 +20,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunServe
     # Read by the process that all others are forked from, when the first test starts it.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return RunServer(tmp_path)
-
-
-def write_settings(folder: Path, method: str, **more: Any) -> Path:
-    """Write a quick run's settings as a file for ``--config``."""
-    settings = {**make_task(folder), **METHOD_SETTINGS[method], "method": method, **more}
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
-    path = folder / "settings.yaml"
-    path.write_text(yaml.safe_dump(plain))
-    return path
 
 
 def files_of(run: Path) -> set[str]:
@@ -45,7 +34,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_ends(
     while it writes a checkpoint: the checkpoint is whole or the one before it, and the resumed
     runs end in the uninterrupted one's student and metrics, bit by bit.
     """
-    config = write_settings(tmp_path, method, checkpoint_minutes=1e-9)
+    config = write_config(tmp_path, make_task(tmp_path), method, checkpoint_minutes=1e-9)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     start = ["distill", "--config", str(config), "--out-dir"]
     ended = server.run(*start, str(whole))
@@ -56,7 +45,7 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_ends(
     # Each process goes on where the one before it saved, so that none reaches the run's end when
     # it dies after the time between two of these.
     instants = sorted(random.Random(method).uniform(0.02, 0.98) for _ in range(3))
-    lived = [b - a for a, b in zip([0.0, *instants], instants)]
+    lived = [b - a for a, b in zip([0.0, *instants], instants, strict=False)]
     kills = [
         ("training", 1 + int(lived[0] * total.training)),
         ("writing", 1 + int(lived[1] * total.writing)),
@@ -85,7 +74,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_checkpoint(
     """The system lets no file of the process grow beyond half a checkpoint. The run ends with one
     line that says why and how to go on, leaves nothing half written, and goes on afterwards.
     """
-    config = write_settings(tmp_path, "noise", checkpoint_minutes=1e-9)
+    config = write_config(tmp_path, make_task(tmp_path), "noise", checkpoint_minutes=1e-9)
     whole, run = tmp_path / "whole", tmp_path / "run"
     start = ["distill", "--config", str(config), "--out-dir"]
     total = server.run(*start, str(whole)).events
