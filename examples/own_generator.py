@@ -28,7 +28,8 @@ optimizer = torch.optim.Adam([*student.parameters(), *kdci.parameters()], lr=0.0
 for step in range(600):
     # The generator: images that the teacher is sure of (first term), of all classes (second), and
     # on which teacher and student differ (third).
-    logits = teacher(images := generator(torch.randn(BATCH_SIZE, LATENT_DIM)))
+    images = generator(torch.randn(BATCH_SIZE, LATENT_DIM))
+    logits = teacher(images)
     proportions = logits.softmax(1).mean(0)
     differing = (logits.softmax(1) - student(images).softmax(1)).abs().sum(1).mean()
     generator_loss = (

@@ -58,7 +58,7 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
         kept = "; the previous one is kept" if path.exists() else ""
         reason = _system_error(error) or error
-        raise UserError(f"cannot write {path}{kept}: {reason}") from error
+        raise UserError(f"cannot write {path}: {reason}{kept}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

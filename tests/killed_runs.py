@@ -3,15 +3,14 @@
 
 They are forked from one process that has imported everything (multiprocessing's forkserver), so
 that each begins at once. An instant is a number of Python events (calls of functions and returns
-from them), counted while the run trains or while it writes checkpoints: as fine as the interpreter
-can tell, and the same in every repetition.
+from them), counted while the run trains, while it writes checkpoints, or all the time: as fine as
+the interpreter can tell, and the same in every repetition.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,10 +26,11 @@ PRELOADED = [
 
 @dataclass(frozen=True)
 class Events:
-    """Numbers of events: in the whole training loop, and in the writing of checkpoints in it."""
+    """Numbers of events: in the training loop, in the writing of checkpoints in it, in `main`."""
 
     training: int
     writing: int
+    process: int
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,19 @@ class RunServer:
         *words: str,
         kill: tuple[str, int] | None = None,
         limit_file_size: int | None = None,
+        count_all: bool = False,
     ) -> Ended:
         """Run ``kdci`` with these words to its end.
 
         Args:
             *words: Of the command line.
-            kill: What is counted, ``training`` or ``writing``, and the event to die at.
+            kill: What is counted, a field of `Events`, and the event to die at.
             limit_file_size: Bytes that no file of the process can exceed, as on a full disk.
+            count_all: Count events outside the training loop too, which takes longer.
         """
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_child, args=(sender, str(self._folder), words, kill, limit_file_size)
+            target=_child, args=(sender, str(self._folder), words, kill, limit_file_size, count_all)
         )
         process.start()
         sender.close()
@@ -86,6 +88,7 @@ def _child(
     words: tuple[str, ...],
     kill: tuple[str, int] | None,
     limit_file_size: int | None,
+    count_all: bool,
 ) -> None:
     import resource
 
@@ -101,51 +104,48 @@ def _child(
     if limit_file_size is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, hard))
-    counted = _count(kill)
+    counted = _count(kill, count_all)
     code = main(list(words))
+    sys.setprofile(None)
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 0:
-        connection.send((counted["training"], counted["writing"]))
+        connection.send((counted["training"], counted["writing"], counted["process"]))
     os._exit(code)
 
 
-def _count(kill: tuple[str, int] | None) -> dict[str, int]:
-    """Count events from the loop's first step to its end; die at the one asked for."""
+def _count(kill: tuple[str, int] | None, count_all: bool) -> dict[str, int]:
+    """Count events, and die at the one asked for."""
     from python_models import engine
 
-    counted = {"training": 0, "writing": 0}
-    writing = False
+    counted = {"training": 0, "writing": 0, "process": 0}
+    active = {"process"}
 
-    def on_event(_: FrameType, kind: str, __: Any) -> None:
-        counted["training"] += 1
-        if writing:
-            counted["writing"] += 1
-        if kill is not None and counted[kill[0]] == kill[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def on_event(_: FrameType, __: str, ___: Any) -> None:
+        for name in active:
+            counted[name] += 1
+            if kill == (name, counted[name]):
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def around(
-        owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]
-    ) -> None:
-        original = getattr(owner, name)
+    def save_checkpoint(*arguments: Any) -> None:
+        active.add("writing")
+        save(*arguments)
+        active.discard("writing")
 
-        def wrapped(*arguments: Any) -> Any:
-            before()
-            try:
-                return original(*arguments)
-            finally:
-                after()
+    def train(run: Any) -> Any:
+        active.add("training")
+        sys.setprofile(on_event)
+        return advance(run)
 
-        setattr(owner, name, wrapped)
+    def write_results(session: Any) -> Any:
+        active.discard("training")
+        if not count_all:
+            sys.setprofile(None)
+        return finish(session)
 
-    def set_writing(value: bool) -> None:
-        nonlocal writing
-        writing = value
-
-    def nothing() -> None:
-        pass
-
-    around(engine, "save_checkpoint", lambda: set_writing(True), lambda: set_writing(False))
-    around(engine.Distillation, "advance", lambda: sys.setprofile(on_event), nothing)
-    around(engine._Session, "_write_results", lambda: sys.setprofile(None), nothing)
+    save, engine.save_checkpoint = engine.save_checkpoint, save_checkpoint
+    advance, engine.Distillation.advance = engine.Distillation.advance, train
+    finish, engine._Session._write_results = engine._Session._write_results, write_results
+    if count_all:
+        sys.setprofile(on_event)
     return counted

@@ -68,6 +68,31 @@ def test_a_killed_run_ends_where_the_uninterrupted_one_ends(
     assert {"checkpoints/last.pt", "checkpoints/previous.pt"} <= files_of(parts)
 
 
+def test_a_process_may_be_killed_before_and_after_training_too(
+    tmp_path: Path, server: RunServer
+) -> None:
+    """SIGKILL at instants all over a process, from reading the command line to the last picture."""
+    config = write_config(tmp_path, make_task(tmp_path), "noise")
+    start = ["distill", "--config", str(config), "--out-dir"]
+    whole = tmp_path / "whole"
+    total = server.run(*start, str(whole), count_all=True).events
+    assert total is not None
+    instants = random.Random(0)
+    for number in range(5):
+        run = tmp_path / str(number)
+        # A fifth of the process each.
+        event = 1 + int((number + instants.random()) / 5 * total.process)
+        ended = server.run(*start, str(run), kill=("process", event), count_all=True)
+        assert ended.code == KILLED
+        # Without its settings there is no run yet, and nothing to resume.
+        begun = (run / "config.yaml").exists()
+        again = ["distill", "--resume", "--out-dir", str(run)] if begun else [*start, str(run)]
+        assert server.run(*again).code == 0, (tmp_path / "output.txt").read_text()
+        assert weights_of(run) == weights_of(whole)
+        assert metrics_of(run) == metrics_of(whole)
+        assert files_of(run) == files_of(whole)
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_checkpoint(
     tmp_path: Path, server: RunServer
 ) -> None:
@@ -85,7 +110,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_loses_no_checkpoint(
     resume = ["distill", "--resume", "--out-dir", str(run)]
     assert server.run(*resume, limit_file_size=len(before) // 2).code == 2
     said = (tmp_path / "output.txt").read_text().splitlines()[-1]
-    assert said.startswith(f"error: cannot write {last}; the previous one is kept: File too large")
+    assert said.startswith(f"error: cannot write {last}: File too large; the previous one is kept")
     assert said.endswith(f"go on with: kdci distill --resume --out-dir {run}")
     assert last.read_bytes() == before
     assert not list(run.rglob("*.tmp"))
