@@ -49,4 +49,4 @@ def strokes(count: int) -> Tensor:
 def accuracy(network: nn.Module) -> float:
     """Return the accuracy on the test images, in percent."""
     _, _, images, labels = data()
-    return 100 * (network(images).argmax(1) == labels).float().mean().item()
+    return float(100 * (network(images).argmax(1) == labels).float().mean())

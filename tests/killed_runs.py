@@ -7,6 +7,7 @@ from them), counted while the run trains, while it writes checkpoints, or all th
 the interpreter can tell, and the same in every repetition.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -116,8 +117,7 @@ def _child(
 
 def _count(kill: tuple[str, int] | None, count_all: bool) -> dict[str, int]:
     """Count events, and die at the one asked for."""
-    from python_models import engine
-
+    engine: Any = importlib.import_module("python_models.engine")
     counted = {"training": 0, "writing": 0, "process": 0}
     active = {"process"}
 
