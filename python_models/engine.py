@@ -544,7 +544,7 @@ def distill(config: DistillConfig[Any]) -> RunResult:
     folder = RunFolder(path, resume=output.resume, overwrite=output.overwrite)
     if output.resume:
         check_same_run(flatten(config), folder.config)
-    write_atomically(folder.config, lambda temporary: write_yaml(temporary, config))
+    write_yaml(folder.config, config)
     return _Session(run, folder, test).finish()
 
 

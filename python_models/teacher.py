@@ -24,7 +24,6 @@ from python_models.checkpoint import (
     read_weights,
     resume_checkpoint,
     save_checkpoint,
-    write_atomically,
 )
 from python_models.config import InputConfig, TrainTeacherConfig, flatten, write_yaml
 from python_models.data import (
@@ -334,7 +333,7 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
     folder = RunFolder(out_dir, resume=config.resume, overwrite=config.overwrite)
     if config.resume:
         check_same_run(flatten(config), folder.config)
-    write_atomically(folder.config, lambda temporary: write_yaml(temporary, config))
+    write_yaml(folder.config, config)
     classifier.to(device)
     optimizer = torch.optim.SGD(
         network.parameters(),
