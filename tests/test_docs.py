@@ -44,6 +44,7 @@ def test_every_command_is_a_call_in_the_readme(monkeypatch, tmp_path):
         "distill": "engine.distill",
         "evaluate": "evaluate.evaluate",
         "report": "report.report",
+        "study": "study.run_study",
         "demo": "demo.demo",
     }
     monkeypatch.chdir(tmp_path)
