@@ -12,6 +12,7 @@ stop after any of them and go on as if it had not.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from python_models.checkpoint import (
     fingerprint,
     first_not_finite,
     load_checkpoint,
+    resume_checkpoint,
     save_checkpoint,
     write_atomically,
 )
@@ -618,19 +620,24 @@ class _Session:
         if folder and run.unlabelled is not None and run.unlabelled.skipped.count:
             write_atomically(folder.skipped, run.unlabelled.skipped.write)
         run.unlabelled = None  # it may hold all candidates
+        # Time of the run at its last checkpoint.
+        self._saved_at = self.seconds
 
     def _saved_state(self) -> dict[str, Any] | None:
         """Return the checkpoint to go on from, which the first process reads for all."""
         world = self.run.world
         if not self.run.config.output.resume:
             return None
-        path = None if self.folder is None else self.folder.checkpoint
+        state = None if self.folder is None else resume_checkpoint(self.folder.checkpoint)
         if world.size == 1:
-            assert path is not None
-            return load_checkpoint(path) if path.exists() else None
-        contents = path.read_bytes() if path is not None and path.exists() else None
+            return state
+        contents = None
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            contents = buffer.getvalue()
         contents = world.bytes_from_first(contents)
-        return None if contents is None else load_checkpoint(path or Path("checkpoint"), contents)
+        return None if contents is None else load_checkpoint(Path("checkpoint"), contents)
 
     def finish(self) -> RunResult | None:
         """Run to the end, or to Ctrl-C; the first process has the results."""
@@ -657,12 +664,14 @@ class _Session:
                         self._end_epoch(epoch, progress)
                         if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
                             self._save()
+                    if run.world.any(self._is_checkpoint_due()):
+                        self._save()
                     if run.world.any(stop.requested):  # the signal may find them at other steps
                         self._save()
                         path = "" if self.folder is None else self.folder.path
                         raise Interrupted(
                             f"stopped after {run.step} of {run.total_steps} steps, saved in "
-                            f"{path}; go on with: kdci distill --resume --out-dir {path}"
+                            f"{path}; {self._how_to_go_on()}"
                         )
         except DivergenceError as error:
             if self.folder is None:
@@ -721,16 +730,29 @@ class _Session:
         if self.run.world.size > 1:
             self.run.world.require_equal("the student", fingerprint(self.run.deployed))
         if self.folder is None:
+            self._saved_at = self.seconds
             return
-        save_checkpoint(
-            self.folder.checkpoint,
-            {
-                "run": state,
-                "rows": self.rows,
-                "seconds": self.seconds,
-                "peak_memory_mb": self._measure_memory(),
-            },
-        )
+        try:
+            save_checkpoint(
+                self.folder.checkpoint,
+                {
+                    "run": state,
+                    "rows": self.rows,
+                    "seconds": self.seconds,
+                    "peak_memory_mb": self._measure_memory(),
+                },
+            )
+        except UserError as error:
+            raise UserError(f"{error}; when it can be written, {self._how_to_go_on()}") from error
+        self._saved_at = self.seconds
+
+    def _is_checkpoint_due(self) -> bool:
+        minutes = self.run.config.output.checkpoint_minutes
+        return minutes > 0 and self.seconds - self._saved_at >= 60 * minutes
+
+    def _how_to_go_on(self) -> str:
+        path = "" if self.folder is None else self.folder.path
+        return f"go on with: kdci distill --resume --out-dir {path}"
 
     def _measure_memory(self) -> float:
         """Return the peak so far, that of the processes before a resume included."""

@@ -15,6 +15,10 @@ class DivergenceError(RuntimeError):
     """A loss became NaN or infinite."""
 
 
+class StudyError(RuntimeError):
+    """A study has no complete result, or one below a stated floor."""
+
+
 class PeerError(RuntimeError):
     """Another process of the run failed, which says why.
 
