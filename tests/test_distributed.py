@@ -146,15 +146,21 @@ def test_two_processes_train_as_one(
     networks have BatchNorm layers, which are synchronised. In float64, since generators that Adam
     has just begun to train turn rounding errors into other images.
     """
-    assert_same_losses(2, (task, method, {"kdci": True}), teams)
+    values: dict[str, Any] = {"kdci": True}
+    if "pool_size" in METHOD_SETTINGS[method]:
+        values["pool_storage"] = "float"  # a rounding error may be a whole step of a byte
+    assert_same_losses(2, (task, method, values), teams)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dafl joint": ("dafl", {"form": "joint"}),
-    "fast with shared latents": ("fast", {"redraw_z_every": 2, "meta": "reptile"}),
+    "fast with shared latents": (
+        "fast",
+        {"redraw_z_every": 2, "meta": "reptile", "pool_storage": "float"},
+    ),
     "deepinversion with norms": (
         "deepinversion",
-        {"tv_l2": 1e-3, "l2": 1e-3, "adi_form": "clamped"},
+        {"tv_l2": 1e-3, "l2": 1e-3, "adi_form": "clamped", "pool_storage": "float"},
     ),
     "kd3 as in the code": ("kd3", {"form": "code"}),
     "cid as in the paper": ("cid", {"form": "paper"}),
@@ -184,7 +190,9 @@ def test_runs_of_several_processes_leave_the_files_of_one(
 
 
 def test_four_processes_train_as_one(task: dict[str, Any], teams: dict[int, team.Team]) -> None:
-    assert_same_losses(4, (task, "fast", {"synthesis_batch_size": 12}), teams)
+    assert_same_losses(
+        4, (task, "fast", {"synthesis_batch_size": 12, "pool_storage": "float"}), teams
+    )
 
 
 def test_processes_stop_together_and_resume_bitwise(

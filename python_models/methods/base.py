@@ -313,9 +313,13 @@ def logits_of(
         num_classes: Number of logits.
     """
     device = teacher.mean.device
-    logits = [torch.empty(0, num_classes, device=device)]
-    logits += [teacher(to_float(chunk.to(device))) for chunk in shared_chunks(chunks, world)]
-    return world.gather_uneven(torch.cat(logits))
+    own = shared_chunks(chunks, world)
+    logits = [teacher(to_float(chunk.to(device))) for chunk in own]
+    if world.size == 1:
+        return torch.cat(logits)
+    # A process without a chunk must exchange the same type.
+    logits.append(torch.empty(0, num_classes, device=device))
+    return world.gather_uneven(torch.cat(logits).float())
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:
