@@ -104,6 +104,9 @@ def losses_in_double(
     teacher = load_network(config.task.teacher, None, None)
     run = in_double(Distillation(config, teacher, torch.device("cpu"), World(rank, size)))
     run.deployed.double()
+    for value in vars(run.method).values():
+        if isinstance(value, nn.Parameter):
+            value.data = value.data.double()
     run.prepare()
     found = []
     while run.step < min(steps, run.total_steps):
