@@ -200,7 +200,7 @@ class KD3(Method[KD3Settings]):
         return torch.cat(
             [
                 self.teacher(to_float(self.images[rows].to(self.context.device)))
-                for rows in self.selected.split(SELECTION_BATCH)
+                for rows in torch.split(self.selected, SELECTION_BATCH)
             ]
         )
 
@@ -220,7 +220,7 @@ class KD3(Method[KD3Settings]):
         share = student_share(index, self.context.epochs, s.form)
         self.network.eval()
         parts = []
-        for images in self.images.split(SELECTION_BATCH):
+        for images in torch.split(self.images, SELECTION_BATCH):
             augmented = self.augment(
                 to_float(images.to(self.context.device)), self._selection_stream
             )
@@ -391,4 +391,5 @@ def mix_distribution(images: Tensor, beta: float, stream: torch.Generator) -> Te
     u = (first / (first + second)).to(images.dtype)
     mixed_mean = u * mean + (1 - u) * mean[other]
     mixed_deviation = u * deviation + (1 - u) * deviation[other]
-    return mixed_deviation * (images - mean) / deviation + mixed_mean
+    perturbed: Tensor = mixed_deviation * (images - mean) / deviation + mixed_mean
+    return perturbed
