@@ -190,6 +190,10 @@ class Method(ABC, Generic[SettingsT]):
         """
         return None
 
+    def dictionary_images(self) -> Tensor:
+        """Return the images, uint8 ``[n, c, h, w]``, whose features `prepare` returned."""
+        return self.images
+
     def begin_epoch(self, index: int) -> None:
         """Do what comes once an epoch, before its first round; not called for warm-up rounds.
 

@@ -199,10 +199,14 @@ class KD3(Method[KD3Settings]):
         self._select(0)
         return torch.cat(
             [
-                self.teacher(to_float(self.images[rows].to(self.context.device)))
-                for rows in torch.split(self.selected, SELECTION_BATCH)
+                self.teacher(to_float(images.to(self.context.device)))
+                for images in torch.split(self.dictionary_images(), SELECTION_BATCH)
             ]
         )
+
+    def dictionary_images(self) -> Tensor:
+        """Return the images that are selected now: for the dictionary, those of the first epoch."""
+        return self.images[self.selected]
 
     def steps_per_pass(self) -> int:
         """Return the student steps in one pass over as many images as are unlabelled."""
