@@ -83,8 +83,8 @@ def test_a_sampling_methods_dictionary_is_that_of_all_selected_images(
 ) -> None:
     """Of the same images as the teacher's own dictionary: KD3's are its first epoch's."""
     monkeypatch.setattr("python_models.engine.DICTIONARY_BATCH", 7)
-    run = start(task, method)
-    own = start({**task, "kdci_dictionary_teacher": None}, method)
+    run = start(task, method, kdci=True)
+    own = start({**task, "kdci_dictionary_teacher": None}, method, kdci=True)
     assert run.dictionary_model is not None
     features, of_teacher = watch_updates(run), watch_updates(own)
     for each in (run, own):
