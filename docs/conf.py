@@ -17,7 +17,6 @@ extensions = [
     "myst_parser",  # pages in Markdown
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx_copybutton",
     # Those of this site, in _extensions.
     "mathml",
     "generated",
@@ -26,7 +25,6 @@ extensions = [
 myst_enable_extensions = ["dollarmath", "attrs_block"]
 myst_heading_anchors = 3
 smartquotes = False  # they would turn --flags into dashes
-copybutton_exclude = ".gp, .go"
 
 default_role = "code"  # single backticks in docstrings
 autodoc_member_order = "bysource"

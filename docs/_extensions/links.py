@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from sphinx.application import Sphinx
-from sphinx.errors import SphinxError
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 
 class _Page(HTMLParser):
@@ -59,6 +59,8 @@ def broken_links(folder: Path) -> list[str]:
 def _check(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.format != "html":
         return
+    from sphinx.errors import SphinxError
+
     broken = broken_links(Path(app.outdir))
     if broken:
         raise SphinxError("links that lead nowhere:\n  " + "\n  ".join(broken))

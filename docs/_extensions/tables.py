@@ -126,7 +126,9 @@ def settings(method: str) -> str:
     found = METHODS.get(method)
     rows = _field_rows(found.Settings)
     own = table(FLAGS, rows) if rows else "This method has no settings of its own."
-    changed = [f"`{'--' + n.replace('_', '-')}` {shown_value(v)}" for n, v in found.defaults.items()]
+    changed = [
+        f"`{'--' + n.replace('_', '-')}` {shown_value(v)}" for n, v in found.defaults.items()
+    ]
     changed.append(f"`--kdci-prototypes` `{found.num_prototypes}`")
     return (
         f"{own}\n\nDefaults of the [shared settings](../reference/command-line.md#kdci-distill) "
@@ -148,7 +150,10 @@ def presets(method: str) -> str:
     ]
     names = dict.fromkeys(key for _, values in found.values() for key in values if key != "method")
     rows = [
-        [code(key), *(shown_value(values[key]) if key in values else "" for _, values in found.values())]
+        [
+            code(key),
+            *(shown_value(values[key]) if key in values else "" for _, values in found.values()),
+        ]
         for key in names
     ]
     return (
