@@ -24,7 +24,7 @@ extensions = [
 ]
 myst_enable_extensions = ["dollarmath", "attrs_block"]
 myst_heading_anchors = 3
-smartquotes = False  # they would turn --flags into dashes
+smartquotes_action = "D"  # dashes, but quotes as they are typed
 
 default_role = "code"  # single backticks in docstrings
 autodoc_member_order = "bysource"

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from benchmarks import compensation, dictionary, report, selection
 from benchmarks.harness import RESULTS, load
@@ -37,6 +37,9 @@ COMMANDS: dict[str, type] = {
     "demo": DemoConfig,
 }
 """Commands whose flags are the fields of a dataclass; the others are shown by their ``--help``."""
+
+PLACES = {"noise": "#noise-the-baseline"}
+"""Where a method is described that has no page of its own, from the page of all methods."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,19 +75,16 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def shown_type(hint: Any) -> str:
-    """Return a field's type in words."""
+    """Return what a field's values are, in words."""
     if isinstance(hint, type) and get_origin(hint) is None:
-        names = {str: "text", float: "number", int: "whole number", Path: "path", bool: "yes or no"}
+        names = {str: "text", float: "a number", int: "a whole number", Path: "a path"}
         return names.get(hint, hint.__name__)
     arguments = getattr(hint, "__args__", ())
     if get_origin(hint) is tuple:
-        values = [shown_type(each) for each in arguments if each is not Ellipsis]
-        return f"{values[0]} ..." if Ellipsis in arguments else " ".join(values)
-    if get_origin(hint) is dict:
-        return "NAME=VALUE ..."
+        return "several values" if Ellipsis in arguments else f"{len(arguments)} values"
     if type(None) in arguments:
         return ", ".join(shown_type(each) for each in arguments if each is not type(None))
-    return ", ".join(code(each) for each in arguments)  # a Literal
+    return f"one of {', '.join(map(code, arguments))}"  # a Literal
 
 
 def shown_value(value: object) -> str:
@@ -98,27 +98,31 @@ def shown_value(value: object) -> str:
     return code(value)
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _field_rows(kind: type, only: str | None = None) -> list[list[str]]:
     docs, hints = field_docs(kind), get_type_hints(kind)
     rows = []
     for field in fields(kind):
         if only not in (None, field.name) or field.name not in docs:
             continue
-        flag = "--" + field.name.replace("_", "-")
-        default = field.default
+        hint, default = hints[field.name], field.default
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
-        is_positional = default is MISSING
-        name = code(field.name.upper() + " ...") if is_positional else code(flag)
-        if hints[field.name] is bool:
-            name += f", {code('--no-' + flag[2:])}"
-        rows.append(
-            [name, shown_type(hints[field.name]), shown_value(default), prose(docs[field.name])]
-        )
+        name, meaning = code(_flag(field.name)), prose(docs[field.name])
+        if default is MISSING:
+            name = code(f"{field.name.upper()} ...")
+        elif hint is bool:
+            name += f", {code(_flag(f'no_{field.name}'))}"
+        elif default is None or get_origin(hint) is Literal:
+            meaning += f" ({shown_type(hint)})"
+        rows.append([name, shown_value(default), meaning])
     return rows
 
 
-FLAGS = ("flag", "value", "default", "meaning")
+FLAGS = ("flag", "default", "meaning")
 
 
 def settings(method: str) -> str:
@@ -126,14 +130,20 @@ def settings(method: str) -> str:
     found = METHODS.get(method)
     rows = _field_rows(found.Settings)
     own = table(FLAGS, rows) if rows else "This method has no settings of its own."
-    changed = [
-        f"`{'--' + n.replace('_', '-')}` {shown_value(v)}" for n, v in found.defaults.items()
-    ]
-    changed.append(f"`--kdci-prototypes` `{found.num_prototypes}`")
+    changed = [_written(name, value) for name, value in found.defaults.items()]
+    changed.append(_written("kdci_prototypes", found.num_prototypes))
     return (
         f"{own}\n\nDefaults of the [shared settings](../reference/command-line.md#kdci-distill) "
-        f"that this method changes: {', '.join(changed)}."
+        f"that this method changes: {', '.join(map(code, changed))}."
     )
+
+
+def _written(name: str, value: object) -> str:
+    """Return a setting as it is given on the command line."""
+    if isinstance(value, bool):
+        return _flag(name if value else f"no_{name}")
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join([_flag(name), *map(str, values)])
 
 
 def presets(method: str) -> str:
@@ -175,15 +185,15 @@ def needs() -> str:
             images = "**labelled training images**"
         rows.append(
             [
-                f"[{name}]({name}.md)",
-                prose(found.summary),
+                f"[{name}]({PLACES.get(name, f'{name}.md')})",
                 images,
-                "yes" if found.needs_batch_norm else "",
+                "BatchNorm" if found.needs_batch_norm else "",
                 ", ".join(found.needs_features),
                 str(found.num_prototypes),
+                prose(found.summary),
             ]
         )
-    head = ("method", "in a line", "images", "teacher needs BatchNorm", "features of", "K")
+    head = ("method", "images", "teacher needs", "features of", "K", "in a line")
     return table(head, rows)
 
 
