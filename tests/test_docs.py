@@ -153,6 +153,24 @@ def test_benchmark_tables_are_those_of_the_readme(tables: ModuleType) -> None:
         assert tables.benchmark(result) in README
 
 
+def test_results_of_studies_are_shown(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headings become bold lines, code stays, and pictures are found from the page's place."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "no study" in tables.study()
+    (tmp_path / "study-mini.md").write_text(
+        "# Gains\n\n| dafl | +0.1 |\n\n![plot](study-mini.svg) [web](https://example.org)\n\n"
+        "```bash\n# whole\nkdci study mini\n```\n"
+    )
+    shown = tables.study()
+    assert "`benchmarks/results/study-mini.md`" in shown
+    assert "**Gains**" in shown
+    assert "| dafl | +0.1 |" in shown
+    assert "![plot](../benchmarks/results/study-mini.svg) [web](https://example.org)" in shown
+    assert "\n# whole\n" in shown
+
+
 def test_links_that_lead_nowhere_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS / "_extensions")
     links = importlib.import_module("links")

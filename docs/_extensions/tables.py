@@ -299,12 +299,21 @@ def study() -> str:
     found = sorted(RESULTS.glob("study-*.md"))
     if not found:
         return "The clone that this site was built from holds no study's results."
-    parts = []
-    for path in found:
-        # Headings of the file become lines in bold: the page has its own.
-        text = re.sub(r"^#+ +(.*)$", r"**\1**", path.read_text(encoding="utf-8"), flags=re.M)
-        parts.append(f"From `benchmarks/results/{path.name}`:\n\n{text}")
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        f"From `benchmarks/results/{path.name}`:\n\n{_embedded(path)}" for path in found
+    )
+
+
+def _embedded(path: Path) -> str:
+    """Return a Markdown file as part of a page that has headings and a place of its own."""
+    lines, is_code = [], False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        is_code ^= line.startswith("```")
+        if not is_code:
+            line = re.sub(r"^#+ +(.*)$", r"**\1**", line)
+            line = re.sub(r"\]\((?![a-z]+:|#|/)", "](../benchmarks/results/", line)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 TABLES: dict[str, Callable[..., str]] = {
