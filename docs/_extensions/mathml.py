@@ -2,8 +2,8 @@
 """Formulas as MathML, which browsers show themselves, without a script or a network.
 
 They need a font that says how mathematics is set, which phones have not. So the characters that
-occur in formulas are taken out of STIX Two Math (SIL Open Font License), 48 kB, and become a part of
-the site.
+occur in formulas are taken out of STIX Two Math (SIL Open Font License), 48 kB, and become a part
+of the site.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def render(latex: str, display: str = "inline") -> str:
     for element in list(root.iter()):
         _lower_prime(element)
         _join_words(element)
+        if element.text in ("|", "\N{DOUBLE VERTICAL LINE}"):
+            element.attrib.update(stretchy="false", lspace="0", rspace="0")
         if element.text == "~":  # \sim
             element.tag, element.text = f"{{{NAMESPACE}}}mo", "\N{TILDE OPERATOR}"
     return ElementTree.tostring(root, encoding="unicode")
