@@ -153,6 +153,14 @@ def test_benchmark_tables_are_those_of_the_readme(tables: ModuleType) -> None:
         assert tables.benchmark(result) in README
 
 
+def test_findings_quote_the_readme() -> None:
+    """Accuracies that the page repeats are those of the README, so that neither changes alone."""
+    quoted = re.findall(r"\d+\.\d+ %", (DOCS / "findings.md").read_text())
+    assert quoted
+    for accuracy in quoted:
+        assert accuracy in README
+
+
 def test_results_of_studies_are_shown(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,11 @@ class Generated(SphinxDirective):
             text = tables.TABLES[self.name](*self.arguments)
         except (ValueError, FileNotFoundError) as error:
             raise self.error(str(error)) from error
-        return self.parse_text_to_nodes(text)
+        parsed = self.parse_text_to_nodes(text)
+        for node in parsed:
+            for table in node.findall(nodes.table):
+                table["classes"].append(self.name)  # for site.css
+        return parsed
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
