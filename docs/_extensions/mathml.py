@@ -47,6 +47,9 @@ def render(latex: str, display: str = "inline") -> str:
         _join_words(element)
         if element.text in ("|", "\N{DOUBLE VERTICAL LINE}"):
             element.attrib.update(stretchy="false", lspace="0", rspace="0")
+        if element.text == "log":
+            element.tag = f"{{{NAMESPACE}}}mo"
+            element.attrib.update(form="prefix", lspace="0.17em", rspace="0.17em")
         if element.text == "~":  # \sim
             element.tag, element.text = f"{{{NAMESPACE}}}mo", "\N{TILDE OPERATOR}"
     return ElementTree.tostring(root, encoding="unicode")
