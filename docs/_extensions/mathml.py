@@ -8,6 +8,7 @@ of the site.
 
 from __future__ import annotations
 
+import logging
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ def _visit_block(translator: Any, node: nodes.math_block) -> None:
 def _write_font(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.format != "html":
         return
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table
     # What the names say of copyright and licence stays.
     options = subset.Options(
         flavor="woff", layout_features=[], hinting=False, name_IDs=[0, 1, 2, 13, 14]
