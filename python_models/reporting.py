@@ -83,6 +83,13 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot make out_dir={path}: {error.strerror}") from error
 
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """Return the files of a folder as it is, whether or not there is a run in it."""
+        folder = cls.__new__(cls)
+        folder.path = path
+        return folder
+
     @property
     def config(self) -> Path:
         """The resolved configuration."""

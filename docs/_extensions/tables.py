@@ -21,6 +21,7 @@ from python_models.config import (
     DistillConfig,
     EvaluateConfig,
     ReportConfig,
+    StudyConfig,
     TrainTeacherConfig,
     preset_paths,
     read_settings,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type] = {
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "study": StudyConfig,
     "demo": DemoConfig,
 }
 """Commands whose flags are the fields of a dataclass; the others are shown by their ``--help``."""
@@ -113,7 +115,7 @@ def _field_rows(kind: type, only: str | None = None) -> list[list[str]]:
             default = field.default_factory()
         name, meaning = code(_flag(field.name)), prose(docs[field.name])
         if default is MISSING:
-            name = code(f"{field.name.upper()} ...")
+            name = code(field.name.upper() + " ..." * (get_origin(hint) is tuple))
         elif hint is bool:
             name += f", {code(_flag(f'no_{field.name}'))}"
         elif default is None or get_origin(hint) is Literal:
@@ -205,7 +207,7 @@ def command(name: str) -> str:
     rows, groups = [], []
     if kind is DistillConfig:
         rows += _field_rows(cli.Sources)
-    elif kind is not ReportConfig:
+    elif kind not in (ReportConfig, StudyConfig):
         rows += [row for row in _field_rows(cli.FromFile) if row[0] == code("--config")]
     for field in fields(kind):
         if field.name == "settings":
