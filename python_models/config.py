@@ -149,6 +149,8 @@ class OutputConfig:
     """Epochs between measurements of accuracy; the last epoch is always measured."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which one is made within an epoch too; 0: never."""
     resume: bool = False
     """Go on from the checkpoint in the run folder."""
     overwrite: bool = False
@@ -599,5 +601,7 @@ def check(config: DistillConfig[Any]) -> None:
             )
     if other is not None and not compensation.kdci:
         raise UserError(f"kdci_dictionary_teacher={other} needs KDCI: leave it out or give --kdci")
+    if not config.output.checkpoint_minutes >= 0:
+        raise UserError(f"checkpoint_minutes={config.output.checkpoint_minutes} must be >= 0")
     if config.output.resume and config.output.overwrite:
         raise UserError("resume and overwrite exclude each other: give one of them")

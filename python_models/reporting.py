@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_models.checkpoint import write_atomically
+from python_models.checkpoint import remove_temporaries, write_atomically
 from python_models.errors import DivergenceError, UserError
 
 METRICS = {
@@ -48,7 +48,6 @@ class RunFolder:
     """
 
     OWN = (
-        "config.yaml",
         "metrics.csv",
         "summary.json",
         "checkpoints",
@@ -57,6 +56,8 @@ class RunFolder:
         "skipped.txt",
         "student.safetensors",
         "teacher.safetensors",
+        # Last, so that nothing of a run is left where it is gone.
+        "config.yaml",
     )
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -78,6 +79,9 @@ class RunFolder:
                     shutil.rmtree(found)
                 else:
                     found.unlink(missing_ok=True)
+        if holds_run:
+            for file in (*(path / name for name in self.OWN), self.checkpoint):
+                remove_temporaries(file)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -14,7 +14,10 @@ from python_models.config import read_settings
 from python_models.errors import UserError
 
 MAY_CHANGE = frozenset(
-    {"out_dir", "resume", "overwrite", "device", "data_root", "teacher", "teacher_weights"}
+    {
+        *("out_dir", "resume", "overwrite", "checkpoint_every", "checkpoint_minutes"),
+        *("device", "data_root", "teacher", "teacher_weights"),
+    }
 )
 """Settings that may differ when a run is resumed. The teacher's file may lie elsewhere: whether it
 is the same teacher, the checkpoint tells by its weights."""

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
-from benchmarks import compensation, dictionary, report, selection
+from benchmarks import compensation, dictionary, report, selection, step
 from benchmarks.harness import RESULTS, load
 from python_models import cli
 from python_models.config import (
@@ -255,6 +255,8 @@ def benchmark(result: str) -> str:
         return report.dictionary_table(*load(path, dictionary.Row))
     if result.startswith("compensation"):
         return report.compensation_table(*load(path, compensation.Row))
+    if result.startswith("step"):
+        return report.step_table(*load(path, step.Row))
     about, rows = load(path, selection.Row)
     cells = [
         [
