@@ -161,7 +161,7 @@ class World:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             distributed.all_reduce(flat)
             flat /= self.size
-            parts = flat.split([gradient.numel() for gradient in gradients])
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view(gradient.shape))
 
@@ -175,13 +175,13 @@ class World:
             distributed.all_reduce(value)
         return value
 
-    def any(self, value: bool) -> bool:
-        """Return whether it is true of any process. The device is not waited for."""
+    def any(self, *values: bool) -> list[bool]:
+        """Return for each value whether it is true of any process. No device is waited for."""
         if self.size == 1:
-            return value
-        flag = torch.tensor(int(value))
-        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-        return bool(flag)
+            return list(values)
+        flags = torch.tensor(values, dtype=torch.uint8)
+        distributed.all_reduce(flags, op=distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
 
     def objects(self, value: Any) -> list[Any]:
         """Return the processes' values, plain Python ones, by rank."""
@@ -233,7 +233,9 @@ class World:
         if self.size == 1:
             return module
         if any(p.device.type == "cuda" for p in [*module.parameters(), *module.buffers()]):
-            return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return]
+            on_gpus: Any = nn.SyncBatchNorm  # Any: its method has no types
+            converted: ModuleT = on_gpus.convert_sync_batchnorm(module)
+            return converted
         return _with_synchronised_layers(module, self)  # type: ignore[return-value]
 
 
@@ -461,11 +463,12 @@ def _is_of_connection(error: BaseException) -> bool:
     return type(error) is RuntimeError and any(word in str(error) for word in words)
 
 
-def _reason_of_peer(store: distributed.Store, run: str) -> str | None:
+def _reason_of_peer(store: Any, run: str) -> str | None:
     end = time.monotonic() + _REASON_SECONDS
     while time.monotonic() < end:
         if store.check([f"{run}/reason"]):
-            return store.get(f"{run}/reason").decode()  # type: ignore[no-any-return]
+            reason: str = store.get(f"{run}/reason").decode()
+            return reason
         time.sleep(0.05)
     return None
 

@@ -374,7 +374,7 @@ class Distillation:
         if features is None:
             return
         if self.dictionary_model is not None:
-            chunks = torch.split(self.method.images, DICTIONARY_BATCH)
+            chunks = torch.split(self.method.dictionary_images(), DICTIONARY_BATCH)
             batches = (Batch(to_float(chunk.to(self.device))) for chunk in chunks)
             features = torch.cat([self._dictionary_features(batch) for batch in batches])
         self._update_dictionary(features)
@@ -664,10 +664,11 @@ class _Session:
                         self._end_epoch(epoch, progress)
                         if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
                             self._save()
-                    if run.world.any(self._is_checkpoint_due()):
+                    # Processes have clocks of their own, and a signal finds them at other steps.
+                    is_due, is_stopping = run.world.any(self._is_checkpoint_due(), stop.requested)
+                    if is_due or is_stopping:
                         self._save()
-                    if run.world.any(stop.requested):  # the signal may find them at other steps
-                        self._save()
+                    if is_stopping:
                         path = "" if self.folder is None else self.folder.path
                         raise Interrupted(
                             f"stopped after {run.step} of {run.total_steps} steps, saved in "

@@ -338,7 +338,7 @@ class BatchNormStatistics:
         sizes = [len(mean) for mean, _ in self._batch]
         means, variances = (torch.cat(each) for each in zip(*self._batch, strict=True))
         pooled = self._world.pooled_moments(means, variances)
-        self._batch = list(zip(*(each.split(sizes) for each in pooled), strict=True))
+        self._batch = list(zip(*(torch.split(each, sizes) for each in pooled), strict=True))
 
     def _reader(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

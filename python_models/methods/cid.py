@@ -164,7 +164,7 @@ class CID(Method[CIDSettings]):
     @torch.no_grad()
     def prepare(self) -> Tensor:
         """Return the teacher's logits of all images, which the dictionary is built from."""
-        chunks = self.images.split(FEATURE_BATCH)
+        chunks = torch.split(self.images, FEATURE_BATCH)
         return logits_of(chunks, self.teacher, self.world, self.context.num_classes)
 
     def steps_per_pass(self) -> int:

@@ -30,26 +30,24 @@ import torch
 from torch import Tensor, nn
 
 from python_models import losses
-from python_models.data import ImagePool, RandomCropFlip
 from python_models.methods.base import (
     METHODS,
     Batch,
     Context,
-    Method,
     Synthesis,
     backward_into,
     build_image_generator,
     generate,
     total,
 )
-from python_models.methods.pooled import sample_batch
+from python_models.methods.pooled import Best, PooledMethod, PoolSettings
 
 REPTILE_GAIN = 67.0
 """Factor of the Reptile gradient in the released code."""
 
 
 @dataclass(kw_only=True)
-class FastSettings:
+class FastSettings(PoolSettings):
     """Settings of Fast."""
 
     g_steps: int = 10
@@ -87,10 +85,6 @@ class FastSettings:
     """Draw the generator's first linear and BatchNorm layer anew after --reset-after rounds."""
     reset_after: int = 120
     """Rounds after warm-up at which that happens."""
-    pool_size: int = 60000
-    """Capacity of the pool; the oldest images leave it."""
-    pool_storage: Literal["float", "uint8"] = "uint8"
-    """How the pool stores pixels."""
     crop: int = 4
     """Padding of the random crop of generated and pooled images; 0: none."""
     flip: bool = True
@@ -98,7 +92,7 @@ class FastSettings:
 
 
 @METHODS.register("fast")
-class Fast(Method[FastSettings]):
+class Fast(PooledMethod[FastSettings]):
     """Meta-generator that fills a pool; the student learns from the pool."""
 
     summary = "meta-learned generator, few steps a round, BatchNorm statistics, image pool"
@@ -120,18 +114,12 @@ class Fast(Method[FastSettings]):
             groups.append({"params": [self.latents], "lr": settings.lr_z_meta})
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
         self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum, self.world)
-        self.pool = ImagePool(
-            settings.pool_size, context.image_shape, context.device, settings.pool_storage
-        )
-        self.augment = RandomCropFlip(settings.crop, settings.flip)
-        self.parts = {
+        self.parts |= {
             "generator": self.generator,
             "optimizer": self.optimizer,
             "statistics": self.statistics,
-            "pool": self.pool,
         }
         self._synthesis_stream = context.randomness.on_device("synthesis")
-        self._pool_stream = context.randomness.on_device("pool")
 
     @property
     def warmup_rounds(self) -> int:
@@ -163,9 +151,7 @@ class Fast(Method[FastSettings]):
             betas=(0.5, 0.999),
         )
         self.optimizer.zero_grad()
-        # The best images are kept by torch.where, which does not wait for the device.
-        best_loss = torch.full((), torch.inf, device=self.context.device)
-        best_images = latents.new_zeros(part.stop - part.start, *self.context.image_shape)
+        best = Best(self.world)
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
             images = generate(inner, latents[part.rows], self.teacher)
@@ -175,10 +161,7 @@ class Fast(Method[FastSettings]):
                 adversarial=index >= s.warmup,
             )
             loss = total(terms)
-            whole_loss = self.world.mean(loss.detach())
-            better = whole_loss < best_loss
-            best_images = torch.where(better, images.detach(), best_images)
-            best_loss = torch.where(better, whole_loss, best_loss)
+            best.offer(loss, images)
             optimizer.zero_grad()
             backward_into(loss, inner, latents, world=self.world)
             if s.meta == "fomaml":
@@ -189,6 +172,7 @@ class Fast(Method[FastSettings]):
             _set_reptile_gradients(self._learned(), self._learned(inner, latents))
         if s.meta != "none":
             self.optimizer.step()
+        (best_images,) = best.tensors
         self.pool.add(self.world.gather(best_images))
         return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
 
@@ -244,14 +228,6 @@ class Fast(Method[FastSettings]):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-
-    def next_batch(self) -> Batch:
-        """Return augmented images of the pool."""
-        return sample_batch(self.context, self.pool, self.augment, self._pool_stream)
-
-    def preview(self, count: int) -> Tensor:
-        """Return images of the pool."""
-        return self.pool.sample(count, torch.Generator().manual_seed(0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts and the shared latents."""

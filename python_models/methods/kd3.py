@@ -200,8 +200,12 @@ class KD3(Method[KD3Settings]):
     def prepare(self) -> Tensor:
         """Select for the first epoch; the teacher's logits are the features of the dictionary."""
         self._select(0)
-        chunks = [self.images[rows] for rows in self.selected.split(SELECTION_BATCH)]
+        chunks = torch.split(self.dictionary_images(), SELECTION_BATCH)
         return logits_of(chunks, self.teacher, self.world, self.context.num_classes)
+
+    def dictionary_images(self) -> Tensor:
+        """Return the images that are selected now: for the dictionary, those of the first epoch."""
+        return self.images[self.selected]
 
     def steps_per_pass(self) -> int:
         """Return the student steps in one pass over as many images as are unlabelled."""
@@ -220,7 +224,7 @@ class KD3(Method[KD3Settings]):
         self.network.eval()
         confidences: list[Tensor] = []
         classes: list[Tensor] = []
-        for images in self.images.split(SELECTION_BATCH):
+        for images in torch.split(self.images, SELECTION_BATCH):
             part = self.world.part(len(images))  # may be empty, of a last chunk
             own = to_float(images[part.rows].to(self.context.device))
             augmented = self.augment(own, self._selection_stream, part)
@@ -398,4 +402,5 @@ def mix_distribution(
     u, other = world.share(u), world.share(other)
     mixed_mean = u * mean + (1 - u) * world.gather(mean)[other]
     mixed_deviation = u * deviation + (1 - u) * world.gather(deviation)[other]
-    return mixed_deviation * (images - mean) / deviation + mixed_mean
+    perturbed: Tensor = mixed_deviation * (images - mean) / deviation + mixed_mean
+    return perturbed

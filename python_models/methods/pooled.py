@@ -50,20 +50,13 @@ class PooledMethod(Method[PoolSettingsT]):
 
     def next_batch(self) -> Batch:
         """Return augmented images of the pool."""
-        return sample_batch(self.context, self.pool, self.augment, self._pool_stream)
+        part = self.world.part(self.context.batch_size)
+        images = self.pool.sample(self.context.batch_size, self._pool_stream, part)
+        return Batch(self.augment(images, self._pool_stream, part))
 
     def preview(self, count: int) -> Tensor:
         """Return images of the pool."""
         return self.pool.sample(count, torch.Generator().manual_seed(0))
-
-
-def sample_batch(
-    context: Context, pool: ImagePool, augment: RandomCropFlip, stream: torch.Generator
-) -> Batch:
-    """Return this process's share of a batch of augmented images of a pool."""
-    part = context.world.part(context.batch_size)
-    images = pool.sample(context.batch_size, stream, part)
-    return Batch(augment(images, stream, part))
 
 
 class Best:
