@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import multiprocessing
 import os
 import signal
@@ -11,24 +12,39 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from killed_runs import PRELOADED
 from tiny_task import in_double, tiny_config
 from torch import Tensor, distributed, nn
 
 import kdci_ext
-from python_models import cli
+from python_models import cli, engine
+from python_models import distributed as processes
+from python_models.data import unlabelled
 from python_models.distributed import World
 from python_models.engine import Distillation, distill
 from python_models.errors import PeerError, UserError
+from python_models.methods import cid, kd3
 from python_models.teacher import load_network
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["python_models.engine", "tyro", "yaml", "safetensors.torch"])
+_CONTEXT.set_forkserver_preload(PRELOADED)
+
+SMALL_PIECES = [
+    (unlabelled, "READ_SIZE", 8),
+    (kd3, "SELECTION_BATCH", 16),
+    (cid, "FEATURE_BATCH", 16),
+]
+"""Constants by which tiny sets of images too are read in pieces, some in each process."""
+
+PATIENCE = datetime.timedelta(seconds=20)
+"""How long a process of a team waits for one that failed."""
 
 
 class Team:
-    """Processes connected by gloo, which do one piece of work after the other.
+    """Processes that do one piece of work after the other, some or all of them, by gloo.
 
     Args:
         size: Number of processes.
@@ -36,22 +52,25 @@ class Team:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        self.size = size
         self._pipes, self._processes = [], []
+        self._connected, self._meetings = 0, 0
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(rank, size, str(folder), theirs))
+            process = _CONTEXT.Process(target=_serve, args=(rank, str(folder), theirs))
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def __call__(self, work: Any, *arguments: Any) -> list[Any]:
-        """Let each process call ``work(rank, *arguments)``; return the results by rank."""
-        for pipe in self._pipes:
-            pipe.send((work, arguments))
-        answers = [pipe.recv() for pipe in self._pipes]
-        for failed, answer in answers:
-            assert not failed, answer
+    def __call__(self, size: int, work: Any, *arguments: Any) -> list[Any]:
+        """Let ``size`` processes call ``work(rank, *arguments)``; return the results by rank."""
+        if size != self._connected:
+            self._connected = size
+            self._meetings += 1
+        for pipe in self._pipes[:size]:
+            pipe.send((size, self._meetings, work, arguments))
+        answers = [pipe.recv() for pipe in self._pipes[:size]]
+        errors = [answer for failed, answer in answers if failed]
+        assert not errors, errors
         return [answer for _, answer in answers]
 
     def close(self) -> None:
@@ -63,18 +82,27 @@ class Team:
             process.kill()
 
 
-def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
+def _serve(rank: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous{size}", rank=rank, world_size=size
-    )
+    for module, name, value in SMALL_PIECES:
+        setattr(module, name, value)
+    connected = 0
     while (order := pipe.recv()) is not None:
-        work, arguments = order
+        size, meeting, work, arguments = order
+        if meeting != connected:
+            if connected:
+                distributed.destroy_process_group()
+            place = f"file://{folder}/meeting{meeting}"
+            distributed.init_process_group(
+                *("gloo", place), timeout=PATIENCE, rank=rank, world_size=size
+            )
+            connected = meeting
         try:
             pipe.send((False, work(rank, *arguments)))
         except Exception as error:
             pipe.send((True, f"process {rank}: {type(error).__name__}: {error}"))
-    distributed.destroy_process_group()
+    if connected:
+        distributed.destroy_process_group()
 
 
 # --- work -----------------------------------------------------------------------------------------
@@ -138,6 +166,29 @@ def run_interrupted(
     raise AssertionError("not stopped")
 
 
+class _Clock:
+    """Stands for the module ``time``, with a clock of so many seconds between two looks at it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._now = 0.0
+
+    def monotonic(self) -> float:
+        self._now += self._seconds
+        return self._now
+
+
+def run_by_clocks(rank: int, task: dict[str, Any], method: str, values: dict[str, Any]) -> None:
+    """Distil, with a clock that goes a minute a step in the last process alone."""
+    original = engine.time
+    is_last = rank == distributed.get_world_size() - 1
+    engine.time = _Clock(60.0 if is_last else 1e-3)  # type: ignore[assignment]
+    try:
+        run(rank, task, method, values)
+    finally:
+        engine.time = original
+
+
 def cluster(rank: int, shards: list[Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
     """Make the dictionary of all shards, from random numbers that only the first process has."""
     generator = torch.Generator().manual_seed(0 if rank == 0 else 1000 + rank)
@@ -147,10 +198,10 @@ def cluster(rank: int, shards: list[Tensor], options: dict[str, Any]) -> dict[st
 
 def update(rank: int, shards: list[Tensor], options: dict[str, Any], gathered: int) -> list[Tensor]:
     """Update a KDCI module by all shards; return its dictionary and this process's labels."""
-    kdci_ext.modules.GATHERED_ROWS = gathered
     kdci = kdci_ext.KDCI(shards[0].shape[1], 5, 8, **options)
     generator = torch.Generator().manual_seed(0 if rank == 0 else 1000 + rank)
-    found = kdci.update(shards[rank], generator, group=distributed.group.WORLD)
+    with mock.patch.object(kdci_ext.modules, "GATHERED_ROWS", gathered):
+        found = kdci.update(shards[rank], generator, group=distributed.group.WORLD)
     return [kdci.prototypes, kdci.proportions, found.labels]
 
 
@@ -214,6 +265,7 @@ def command(rank: int, size: int, port: int, words: list[str], failure: str, fol
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
     )
     torch.set_num_threads(1)
+    processes._REASON_SECONDS = 0.5
     log = open(f"{folder}/log{rank}.txt", "w")
     sys.stdout = sys.stderr = log
     original = Distillation.advance
@@ -236,16 +288,16 @@ def failing(size: int, words: list[str], failure: str, folder: Path) -> tuple[li
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [
+    started = [
         _CONTEXT.Process(target=command, args=(rank, size, port, words, failure, str(folder)))
         for rank in range(size)
     ]
-    for process in processes:
+    for process in started:
         process.start()
-    for process in processes:
+    for process in started:
         process.join(60)
         alive = process.is_alive()
         process.kill()
         assert not alive, "a process hangs"
     logs = [(folder / f"log{rank}.txt").read_text() for rank in range(size)]
-    return [process.exitcode for process in processes], logs
+    return [process.exitcode for process in started], logs

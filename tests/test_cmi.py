@@ -141,9 +141,9 @@ def test_images_and_features_of_the_lowest_loss_are_kept(
     images: list[Tensor] = []
     global_view, generator_losses = method.global_view, method.generator_losses
 
-    def view(x: Tensor, stream: torch.Generator) -> Tensor:
+    def view(x: Tensor, *options: Any) -> Tensor:
         images.append(x.detach().clone())
-        return global_view(x, stream)
+        return global_view(x, *options)
 
     def record(*args: Any) -> Any:
         terms, features = generator_losses(*args)

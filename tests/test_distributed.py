@@ -16,18 +16,24 @@ from tiny_task import METHOD_SETTINGS, make_task, tiny_config
 from torch import Tensor, nn
 
 import kdci_ext
+from python_models.checkpoint import load_checkpoint
 from python_models.distributed import Part, World
 from python_models.engine import distill
 from python_models.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, team.Team]]:
-    folder = tmp_path_factory.mktemp("teams")
-    teams = {size: team.Team(size, folder) for size in (2, 4)}
-    yield teams
-    for each in teams.values():
-        each.close()
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[team.Team]:
+    workers = team.Team(4, tmp_path_factory.mktemp("team"))
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the processes of the team."""
+    for module, name, value in team.SMALL_PIECES:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture
@@ -66,14 +72,14 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "plain", "pca"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_make_the_dictionary_of_all_rows(
-    size: int, options: dict[str, Any], teams: dict[int, team.Team]
+    size: int, options: dict[str, Any], workers: team.Team
 ) -> None:
     """Uneven shards, one of them empty: the dictionary is that of one process with all rows, to
     rounding, and bitwise the same on all, though only the first process's random numbers agree.
     """
     rows = mixture(300, 6).double()
     shards = list(rows.split([190, 110] if size == 2 else [150, 0, 97, 53]))
-    found = teams[size](team.cluster, shards, options)
+    found = workers(size, team.cluster, shards, options)
     generator = torch.Generator().manual_seed(0)
     whole = kdci_ext.build_confounder_dictionary(rows, generator=generator, **options)
     for each in found:
@@ -88,11 +94,11 @@ def test_processes_make_the_dictionary_of_all_rows(
 @pytest.mark.parametrize("gathered", [1000, 10], ids=["gathered", "by sums"])
 @pytest.mark.parametrize("prototypes", ["kmeans", "random"])
 def test_a_module_updated_by_a_group_holds_the_dictionary_of_all(
-    prototypes: str, gathered: int, teams: dict[int, team.Team]
+    prototypes: str, gathered: int, workers: team.Team
 ) -> None:
     rows = mixture(90, 4).double()
     options = {"prototypes": prototypes}
-    found = teams[2](team.update, list(rows.split([60, 30])), options, gathered)
+    found = workers(2, team.update, list(rows.split([60, 30])), options, gathered)
     kdci = kdci_ext.KDCI(4, 5, 8, prototypes=prototypes)  # type: ignore[arg-type]
     whole = kdci.update(rows, torch.Generator().manual_seed(0))
     assert torch.equal(found[0][0], found[1][0])
@@ -101,12 +107,12 @@ def test_a_module_updated_by_a_group_holds_the_dictionary_of_all(
     assert torch.equal(torch.cat([each[2] for each in found]), whole.labels)
 
 
-def test_bad_rows_of_one_process_are_refused_by_all(teams: dict[int, team.Team]) -> None:
+def test_bad_rows_of_one_process_are_refused_by_all(workers: team.Team) -> None:
     shards = [torch.randn(20, 3), torch.full((5, 3), torch.nan)]
-    for message in teams[2](team.refusal, team.cluster, shards, {"num_prototypes": 4}):
+    for message in workers(2, team.refusal, team.cluster, shards, {"num_prototypes": 4}):
         assert "5 of the 25 rows of all processes hold NaN or Inf" in message
     shards = [torch.randn(3, 3), torch.randn(2, 3)]
-    for message in teams[2](team.refusal, team.cluster, shards, {"num_prototypes": 6}):
+    for message in workers(2, team.refusal, team.cluster, shards, {"num_prototypes": 6}):
         assert "num_prototypes=6 must be <= the number of rows of all processes, 5" in message
 
 
@@ -114,14 +120,12 @@ def test_bad_rows_of_one_process_are_refused_by_all(teams: dict[int, team.Team])
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_synchronised_batch_norm_is_that_of_all_rows(
-    affine: bool, teams: dict[int, team.Team]
-) -> None:
+def test_synchronised_batch_norm_is_that_of_all_rows(affine: bool, workers: team.Team) -> None:
     """Outputs, running statistics and all gradients are those of one process with all rows."""
     rows = torch.randn(8, 3, 5, 5, dtype=torch.float64)
     weights = torch.randn(8, 3, 5, 5, dtype=torch.float64)
     layer = nn.BatchNorm2d(3, momentum=0.3, affine=affine).double()
-    found = teams[4](team.batch_norm, layer, rows, weights)
+    found = workers(4, team.batch_norm, layer, rows, weights)
     whole = team.batch_norm_alone(layer, rows, weights)
     for name in ("out", "grad"):
         torch.testing.assert_close(torch.cat([each[name] for each in found]), whole[name])
@@ -130,18 +134,16 @@ def test_synchronised_batch_norm_is_that_of_all_rows(
         torch.testing.assert_close(rest, {name: whole[name] for name in rest})
 
 
-def assert_same_losses(size: int, arguments: tuple[Any, ...], teams: dict[int, team.Team]) -> None:
+def assert_same_losses(size: int, arguments: tuple[Any, ...], workers: team.Team) -> None:
     whole = team.losses_in_double(0, *arguments)
-    found = teams[size](team.losses_in_double, *arguments)
+    found = workers(size, team.losses_in_double, *arguments)
     assert all(each == found[0] for each in found)
     for expected, terms in zip(whole, found[0], strict=True):
         assert terms == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_two_processes_train_as_one(
-    method: str, task: dict[str, Any], teams: dict[int, team.Team]
-) -> None:
+def test_two_processes_train_as_one(method: str, task: dict[str, Any], workers: team.Team) -> None:
     """At the same whole batch, with KDCI: every loss term of every step, for every method. The
     networks have BatchNorm layers, which are synchronised. In float64, since generators that Adam
     has just begun to train turn rounding errors into other images.
@@ -149,7 +151,7 @@ def test_two_processes_train_as_one(
     values: dict[str, Any] = {"kdci": True}
     if "pool_size" in METHOD_SETTINGS[method]:
         values["pool_storage"] = "float"  # a rounding error may be a whole step of a byte
-    assert_same_losses(2, (task, method, values), teams)
+    assert_same_losses(2, (task, method, values), workers)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -170,50 +172,63 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_forms_of_the_losses_are_those_of_all_rows(
-    variant: str, task: dict[str, Any], teams: dict[int, team.Team]
+    variant: str, task: dict[str, Any], workers: team.Team
 ) -> None:
-    assert_same_losses(2, (task, *VARIANTS[variant]), teams)
+    assert_same_losses(2, (task, *VARIANTS[variant]), workers)
 
 
 @pytest.mark.parametrize(("method", "size"), [("dafl", 2), ("dfnd", 2), ("dfnd", 4)])
 def test_runs_of_several_processes_leave_the_files_of_one(
-    method: str, size: int, task: dict[str, Any], tmp_path: Path, teams: dict[int, team.Team]
+    method: str, size: int, task: dict[str, Any], tmp_path: Path, workers: team.Team
 ) -> None:
     """In float32, from the command's configuration to the metrics and the student."""
     distill(tiny_config(task, method, out_dir=tmp_path / "one"))
     values = {"out_dir": tmp_path / "several"}
-    accuracies = teams[size](team.run, task, method, values)
+    accuracies = workers(size, team.run, task, method, values)
     assert len(set(accuracies)) == 1
     assert_same_run(tmp_path / "one", tmp_path / "several")
     names = [{path.name for path in (tmp_path / run).iterdir()} for run in ("one", "several")]
     assert names[0] == names[1]
 
 
-def test_four_processes_train_as_one(task: dict[str, Any], teams: dict[int, team.Team]) -> None:
+def test_four_processes_train_as_one(task: dict[str, Any], workers: team.Team) -> None:
     assert_same_losses(
-        4, (task, "fast", {"synthesis_batch_size": 12, "pool_storage": "float"}), teams
+        4, (task, "fast", {"synthesis_batch_size": 12, "pool_storage": "float"}), workers
     )
 
 
 def test_processes_stop_together_and_resume_bitwise(
-    task: dict[str, Any], tmp_path: Path, teams: dict[int, team.Team]
+    task: dict[str, Any], tmp_path: Path, workers: team.Team
 ) -> None:
     """Ctrl-C that one process gets stops all after the same step; resumed they end, bit for bit,
     where they would have ended. One process can go on with what two began, to rounding.
     """
     whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
-    teams[2](team.run, task, "dafl", {"out_dir": whole})
+    workers(2, team.run, task, "dafl", {"out_dir": whole})
     for out in (parts, other):
-        first, second = teams[2](team.run_interrupted, task, "dafl", {"out_dir": out}, 4)
+        first, second = workers(2, team.run_interrupted, task, "dafl", {"out_dir": out}, 4)
         assert "stopped after 4 of 8 steps" in first
         assert second == ""  # one speaks
-    teams[2](team.run, task, "dafl", {"out_dir": parts, "resume": True})
+    workers(2, team.run, task, "dafl", {"out_dir": parts, "resume": True})
     for name in ("student.safetensors", "images.png", "class_proportions.png"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     before, after = curves(whole), curves(parts)
     assert all(torch.equal(after[name], curve) for name, curve in before.items())
     assert distill(tiny_config(task, "dafl", out_dir=other, resume=True)).steps == 8
     assert_same_run(whole, other)
+
+
+def test_the_clock_of_one_process_makes_all_save(
+    task: dict[str, Any], tmp_path: Path, workers: team.Team
+) -> None:
+    """Checkpoints by minutes come when they are due in any process, or the others would wait."""
+    values = {"out_dir": tmp_path / "run", "checkpoint_minutes": 1.0, "evaluate": False}
+    workers(2, team.run_by_clocks, task, "noise", values)
+    last, previous = (
+        load_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.pt")["run"]["step"]
+        for name in ("last", "previous")
+    )
+    assert (last, previous) == (8, 7)  # by epochs: 8, 4
 
 
 @pytest.mark.parametrize(
@@ -230,10 +245,10 @@ def test_batches_that_do_not_divide_are_refused(
     message: str,
     task: dict[str, Any],
     tmp_path: Path,
-    teams: dict[int, team.Team],
+    workers: team.Team,
 ) -> None:
     values = {**values, "out_dir": tmp_path / "run"}
-    for found in teams[4](team.refusal, team.run, task, method, values):
+    for found in workers(4, team.refusal, team.run, task, method, values):
         assert message in found
         assert "give" in found
     assert not (tmp_path / "run").exists()
@@ -243,9 +258,9 @@ def test_batches_that_do_not_divide_are_refused(
 
 
 def test_a_nan_of_one_process_stops_all_at_its_step(
-    task: dict[str, Any], tmp_path: Path, teams: dict[int, team.Team]
+    task: dict[str, Any], tmp_path: Path, workers: team.Team
 ) -> None:
-    first, second = teams[2](team.run_spoilt, task, {"out_dir": tmp_path / "run"})
+    first, second = workers(2, team.run_spoilt, task, {"out_dir": tmp_path / "run"})
     reason = "the loss term 'kd' became nan at step 2"
     assert first.startswith(f"DivergenceError: {reason}; there is no checkpoint yet")
     assert second == f"PeerError: {reason}"
