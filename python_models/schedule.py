@@ -13,7 +13,7 @@ import torch
 from python_models.config import read_settings
 from python_models.errors import UserError
 
-MAY_CHANGE = frozenset({"out_dir", "resume", "overwrite", "device", "data_root"})
+MAY_CHANGE = frozenset({"out_dir", "resume", "overwrite", "device", "data_root", "tensorboard"})
 """Settings that may differ when a run is resumed."""
 
 

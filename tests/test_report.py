@@ -427,7 +427,13 @@ def test_every_method_can_be_reported_on(method: str, tmp_path: Path) -> None:
     result, page = quick(tmp_path, "run", images=100)
     assert [what for what in result.left_out if "Images" in what] == []
     assert page.row("Students", "run")["Method"] == f"{method}, KDCI"
-    assert page.row("Fréchet distance", "run")["Images of each kind"] in ("40", "30", "25", "20", "10")
+    assert page.row("Fréchet distance", "run")["Images of each kind"] in (
+        "40",
+        "30",
+        "25",
+        "20",
+        "10",
+    )
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(runs: Path) -> None:

@@ -37,11 +37,10 @@ from python_models.methods.base import (
     Context,
     Method,
     Synthesis,
-    backward_into,
     build_image_generator,
     generate,
-    total,
 )
+from python_models.methods.descent import Descent
 
 REPTILE_GAIN = 67.0
 """Factor of the Reptile gradient in the released code."""
@@ -129,6 +128,7 @@ class Fast(Method[FastSettings]):
             "statistics": self.statistics,
             "pool": self.pool,
         }
+        self.descent = Descent("generator", context.precision, context.watch)
         self._synthesis_stream = context.randomness.on_device("synthesis")
         self._pool_stream = context.randomness.on_device("pool")
 
@@ -169,15 +169,14 @@ class Fast(Method[FastSettings]):
             terms = self.generator_losses(
                 self.augment(images, stream), targets, adversarial=index >= s.warmup
             )
-            loss = total(terms)
-            better = loss.detach() < best_loss
+            loss = self.descent.backward(terms, [optimizer], inner, latents)
+            better = loss < best_loss
             best_images = torch.where(better, images.detach(), best_images)
-            best_loss = torch.where(better, loss.detach(), best_loss)
-            optimizer.zero_grad()
-            backward_into(loss, inner, latents)
+            best_loss = torch.where(better, loss, best_loss)
             if s.meta == "fomaml":
-                _add_gradients(self._learned(), self._learned(inner, latents))
-            optimizer.step()
+                learned = self._learned(inner, latents)
+                _add_gradients(self._learned(), self.descent.gradients(learned))
+            self.descent.step()
         self.statistics.update_average()
         if s.meta == "reptile":
             _set_reptile_gradients(self._learned(), self._learned(inner, latents))
@@ -261,12 +260,9 @@ class Fast(Method[FastSettings]):
                 self.latents.copy_(state["latents"])
 
 
-def _add_gradients(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    for target, parameter in zip(to, source, strict=True):
-        assert parameter.grad is not None
-        target.grad = (
-            parameter.grad.clone() if target.grad is None else target.grad + parameter.grad
-        )
+def _add_gradients(to: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for target, gradient in zip(to, gradients, strict=True):
+        target.grad = gradient.clone() if target.grad is None else target.grad + gradient
 
 
 def _set_reptile_gradients(meta: Sequence[Tensor], inner: Sequence[Tensor]) -> None:
