@@ -209,7 +209,7 @@ def test_class_proportions_are_those_of_each_epoch(counts: list[list[int]]) -> N
         }
 
 
-@pytest.mark.parametrize("method", METHOD_SETTINGS)
+@pytest.mark.parametrize("method", ["dfnd", "fast", "mosaickd", "noise"])
 def test_every_epoch_tells_how_it_was(
     method: str, task: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,11 +291,11 @@ def test_tensorboard_holds_the_metrics(task: dict[str, Any], tmp_path: Path) -> 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", GENERATOR_TERMS)
+@pytest.mark.parametrize("method", ["dafl", "deepinversion", "fast", "mosaickd"])
 def test_ctrl_c_gives_a_long_round_up_and_costs_nothing(
     method: str, task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of the third round; the run goes on to bitwise the same student."""
+    """At the generator's fourth step; the run goes on to bitwise the same student."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distill(tiny_config(task, method, out_dir=whole))
     original, calls, rounds = Descent.backward, itertools.count(), []
@@ -303,7 +303,7 @@ def test_ctrl_c_gives_a_long_round_up_and_costs_nothing(
     def interrupting(self: Descent, terms: Any, *others: Any) -> Tensor:
         if self._watch is not None:
             call = next(calls)
-            if call == 5:
+            if call == 3:
                 os.kill(os.getpid(), signal.SIGINT)
             rounds.append(call)
         return original(self, terms, *others)
@@ -313,7 +313,7 @@ def test_ctrl_c_gives_a_long_round_up_and_costs_nothing(
         patch.setattr(Descent, "backward", interrupting)
         with pytest.raises(Interrupted, match="go on with: kdci distill --resume"):
             distill(tiny_config(task, method, out_dir=parts))
-    assert rounds == list(range(6))  # no step of the generator came after
+    assert rounds == list(range(4))  # no step of the generator came after
     distill(tiny_config(task, method, out_dir=parts, resume=True))
     name = "student.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()

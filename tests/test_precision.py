@@ -274,3 +274,25 @@ def test_without_a_compiler_there_is_one_line(
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"compile=True: .*\(no C\+\+ compiler found\): install"):
         start(task, "noise", compile=True)
+
+
+# --- image pool -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["cmi", "deepinversion", "fast"])
+def test_a_reservoir_is_a_choice_of_every_pool(method: str, task: dict[str, Any]) -> None:
+    """Of 25 places: with more images than these, it is not the newest that are kept; and the
+    choice of what is kept is part of the state.
+    """
+    settings = {"pool_policy": "reservoir", "kdci": False}
+    run = advance(start(task, method, **settings), 5)
+    again = resumed(run, start(task, method, **settings))
+    newest = advance(start(task, method, kdci=False), 5)
+    for each in (run, again, newest):
+        while each.step < 8:
+            each.advance()
+    pools = [each.method.parts["pool"].state_dict() for each in (run, again, newest)]
+    assert [pool["seen"] for pool in pools] == [pools[0]["seen"]] * 3
+    assert pools[0]["seen"] > 25 == len(pools[0]["images"])
+    assert torch.equal(pools[0]["images"], pools[1]["images"])
+    assert not torch.equal(pools[0]["images"], pools[2]["images"])

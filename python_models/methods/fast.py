@@ -86,7 +86,9 @@ class FastSettings:
     reset_after: int = 120
     """Rounds after warm-up at which that happens."""
     pool_size: int = 60000
-    """Capacity of the pool; the oldest images leave it."""
+    """Capacity of the pool."""
+    pool_policy: Literal["newest", "reservoir"] = "newest"
+    """What a full pool keeps: the newest images, or a uniform sample of all there ever were."""
     pool_storage: Literal["float", "uint8"] = "uint8"
     """How the pool stores pixels."""
     crop: int = 4
@@ -119,7 +121,12 @@ class Fast(Method[FastSettings]):
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
         self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum)
         self.pool = ImagePool(
-            settings.pool_size, context.image_shape, context.device, settings.pool_storage
+            settings.pool_size,
+            context.image_shape,
+            context.device,
+            settings.pool_storage,
+            settings.pool_policy,
+            seed=context.randomness.stream_seed("reservoir"),
         )
         self.augment = RandomCropFlip(settings.crop, settings.flip)
         self.parts = {
