@@ -13,6 +13,8 @@ EPILOG = """\
 examples:
   kdci bench dictionary --quick              a minute, to see that everything works
   kdci bench dictionary --threads 1 --save   the figures of the README
+  kdci bench compensation --save             compensation and loss, five shapes
+  kdci bench step --save                     KDCI's share of training steps
   kdci bench selection --save                memory of DFND's selection from a million images
   kdci bench readme                          the README's tables from the saved figures
 """
@@ -51,16 +53,29 @@ def main(words: Sequence[str]) -> None:
     )
     dictionary.add_argument("--device", choices=["cpu", "cuda"], help="where to compute (cpu)")
     compensation = commands.add_parser(
-        "compensation", help="compensation, forward and backward", description="Measure it."
+        "compensation",
+        help="compensation and loss, forward and backward",
+        description="Measure compensation and loss.",
     )
-    compensation.add_argument("--seconds", type=float, help="time for the rounds of a shape (4)")
+    compensation.add_argument("--shapes", nargs="+", metavar="BxDxKxH", help="by default all")
+    compensation.add_argument("--device", choices=["cpu", "cuda"], help="where to compute (cpu)")
+    step = commands.add_parser(
+        "step",
+        help="KDCI's share of training steps",
+        description="Measure training steps with and without KDCI.",
+    )
+    step.add_argument("--networks", nargs="+", metavar="NAME", help="by default all")
+    step.add_argument("--methods", nargs="*", metavar="NAME", help="by default all")
+    for timed in (compensation, step):
+        timed.add_argument("--seconds", type=float, help="time for the rounds of a comparison (4)")
+        timed.add_argument("--rounds", type=int, help="rounds at least (3)")
     selection = commands.add_parser(
         "selection",
         help="DFND's selection from a stream of logits",
         description="Measure memory and speed of DFND's selection.",
     )
     selection.add_argument("--files", type=int, help="images in the stream (1000000)")
-    for command in (dictionary, compensation, selection):
+    for command in (dictionary, compensation, step, selection):
         command.add_argument("--threads", type=int, default=1, help="threads of everyone (1)")
         command.add_argument("--quick", action="store_true", help="small shapes, a short time")
         command.add_argument(
@@ -80,7 +95,12 @@ def main(words: Sequence[str]) -> None:
     if arguments.threads < 1:
         parser.error(f"--threads {arguments.threads} must be >= 1")
     pools.set_environment(arguments.threads)
-    run = {"dictionary": _dictionary, "compensation": _compensation, "selection": _selection}
+    run = {
+        "dictionary": _dictionary,
+        "compensation": _compensation,
+        "step": _step,
+        "selection": _selection,
+    }
     run[arguments.command](arguments)
 
 
@@ -169,24 +189,94 @@ def _clock_name(options: object) -> str:
 def _compensation(arguments: argparse.Namespace) -> None:
     from benchmarks import compensation, harness
 
+    shapes: Sequence[compensation.Shape] = compensation.SHAPES
+    if arguments.shapes:
+        shapes = compensation.find_shapes(arguments.shapes)
+    elif arguments.quick:
+        shapes = compensation.QUICK
+    device = arguments.device or "cpu"
+    seconds, rounds = _time_of_rounds(arguments)
     pools.limit(arguments.threads)
-    timer = harness.make_timer(arguments.threads)
-    about = harness.header(arguments.threads, [], clock=_clock_name(arguments))
+    timer = harness.make_timer(arguments.threads, device)
+    peak, source = harness.fma_peak(arguments.threads, device)
+    about = harness.header(
+        arguments.threads,
+        [],
+        device=_device_name(device),
+        clock=_clock_name(argparse.Namespace(threads=arguments.threads, device=device)),
+        peak=f"{peak:.4g} GFLOP/s by {source}",
+        options=f"seconds {seconds:g}, rounds >= {rounds}",
+    )
     for key, value in about.items():
         print(f"{key}: {value}")
-    seconds = arguments.seconds or (1.0 if arguments.quick else 4.0)
     rows: list[compensation.Row] = []
-    for sizes in compensation.QUICK if arguments.quick else compensation.SHAPES:
-        found = compensation.bench_shape(*sizes, timer, seconds)
-        for row in found:
-            print(f"{row.shape:24} {row.contender:26} {row.median_ms:10.4g} ms  "
-                  f"x{row.x_native:.1f}  {row.rounds} rounds, {row.rejected} rejected")  # fmt: skip
+    for shape in shapes:
+        found = compensation.bench_shape(
+            shape, timer, peak, seconds, min_rounds=rounds, device=device
+        )
+        compensation.print_rows(found)
         rows += found
+    if arguments.threads == 1 and device == "cpu":
+        print("\nwanted, and found:")
+        print("\n".join(compensation.summarize(rows)))
     if arguments.save is not None:
-        name = arguments.save or f"compensation-{arguments.threads}-thread"
-        path = harness.RESULTS / f"{name}.csv"
+        default = f"compensation-{arguments.threads}-thread"
+        default += "" if device == "cpu" else f"-{device}"
+        path = harness.RESULTS / f"{arguments.save or default}.csv"
         harness.save(path, about, rows)
-        print(f"written to {path.relative_to(harness.ROOT)}")
+        print(f"\nwritten to {path.relative_to(harness.ROOT)}")
+
+
+def _time_of_rounds(arguments: argparse.Namespace) -> tuple[float, int]:
+    """Return the time of a comparison and its rounds at least."""
+    seconds, rounds = arguments.seconds, arguments.rounds
+    if seconds is None:
+        seconds = 0.5 if arguments.quick else 4.0
+    if rounds is None:
+        rounds = 3
+    for name, value in (("seconds", seconds), ("rounds", rounds)):
+        if value <= 0:
+            raise ValueError(f"{name}={value} must be > 0")
+    return seconds, rounds
+
+
+def _step(arguments: argparse.Namespace) -> None:
+    from benchmarks import harness, step
+
+    networks, methods = step.NETWORKS, step.METHODS
+    if arguments.quick:
+        networks, methods = networks[:1], methods[:1]
+    if arguments.networks:
+        networks = step.find(arguments.networks, step.NETWORKS)
+    if arguments.methods is not None:
+        methods = step.find(arguments.methods, step.METHODS)
+    seconds, rounds = _time_of_rounds(arguments)
+    pools.limit(arguments.threads)
+    timer = harness.make_timer(arguments.threads)
+    about = harness.header(
+        arguments.threads,
+        [],
+        clock=_clock_name(arguments),
+        options=f"seconds {seconds:g}, rounds >= {rounds}",
+    )
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    rows: list[step.Row] = []
+    step.print_header()
+    for network in networks:
+        found = step.bench_network(network, timer, seconds, min_rounds=rounds)
+        step.print_rows(found)
+        rows += found
+    for method in methods:
+        found = step.bench_method(method, timer, seconds, min_rounds=rounds)
+        step.print_rows(found)
+        rows += found
+    print("\nwanted, and found:")
+    print("\n".join(step.summarize(rows)))
+    if arguments.save is not None:
+        path = harness.RESULTS / f"{arguments.save or f'step-{arguments.threads}-thread'}.csv"
+        harness.save(path, about, rows)
+        print(f"\nwritten to {path.relative_to(harness.ROOT)}")
 
 
 def _selection(arguments: argparse.Namespace) -> None:

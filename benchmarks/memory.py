@@ -6,6 +6,9 @@ thread pools are resident. It hands freed memory back to the system and resets t
 high-water mark of its resident set (``/proc/self/clear_refs``). After the work the mark, less what
 was resident before, is what the work needed on top: its working memory and its result. Where the
 mark cannot be reset there is no figure.
+
+Where a resident set would drown the work, as for operators that need some hundred kilobytes, the
+allocations of PyTorch alone are added up: :func:`allocated_peak`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,43 @@ def peak_mib(peer: str, n: int, d: int, k: int, q: int, threads: int) -> float:
         RuntimeError: If the peer fails.
     """
     return growth_mib(_prepare_peer, peer, n, d, k, q, threads, threads=threads)[0]
+
+
+def allocated_peak(work: Callable[[], Any], device: str = "cpu") -> int:
+    """Return the largest number of bytes that PyTorch had allocated at once during some work.
+
+    Counted from its beginning, results included, and released when they are dropped; what libraries
+    take from the system by themselves is not seen. The work should have run before.
+
+    Args:
+        work: What to do.
+        device: Whose memory.
+    """
+    # Not above: a fresh process sets its threads before it imports PyTorch.
+    import torch
+    from torch.autograd.profiler import profile
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what is freed meanwhile must have been allocated meanwhile
+    gc.disable()
+    try:
+        with profile(use_cpu=True, profile_memory=True) as profiler:
+            result = work()  # kept, so that what it holds counts until the end
+        del result
+    finally:
+        gc.enable()
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def growth_mib(

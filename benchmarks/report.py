@@ -6,11 +6,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import compensation, dictionary
 from benchmarks.harness import RESULTS, load
 
-README_FILES = {"dictionary": "dictionary-1-thread", "compensation": "compensation-1-thread"}
+if TYPE_CHECKING:
+    from benchmarks import step
+
+README_FILES = {
+    "dictionary": "dictionary-1-thread",
+    "compensation": "compensation-1-thread",
+    "step": "step-1-thread",
+}
 
 
 def fill_readme(text: str, results: Path = RESULTS) -> str:
@@ -23,6 +31,7 @@ def fill_readme(text: str, results: Path = RESULTS) -> str:
     tables: dict[str, Callable[[Path], str]] = {
         "dictionary": _dictionary_table,
         "compensation": _compensation_table,
+        "step": _step_table,
     }
     for name, table in tables.items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -42,6 +51,13 @@ def _dictionary_table(path: Path) -> str:
 def _compensation_table(path: Path) -> str:
     about, rows = load(path, compensation.Row)
     return compensation_table(about, rows)
+
+
+def _step_table(path: Path) -> str:
+    from benchmarks import step  # needs python_models, which the other benchmarks do not
+
+    about, rows = load(path, step.Row)
+    return step_table(about, rows)
 
 
 def dictionary_table(about: Mapping[str, str], rows: Sequence[dictionary.Row]) -> str:
@@ -71,17 +87,64 @@ def dictionary_table(about: Mapping[str, str], rows: Sequence[dictionary.Row]) -
 
 
 def compensation_table(about: Mapping[str, str], rows: Sequence[compensation.Row]) -> str:
-    """Return the table of compensation in Markdown: the faster of the eager ways on each shape."""
-    lines = ["| shape | this library | eager PyTorch, the faster of two ways |", "|---|---|---|"]
-    for label in dict.fromkeys(row.shape for row in rows):
-        here = [row for row in rows if row.shape == label]
-        native = next(row for row in here if row.contender == "native")
-        best = min(
-            (row for row in here if row.contender != "native"), key=lambda row: row.median_ms
-        )
-        lines.append(
-            f"| {label} | {_ms(native.median_ms)} | {_ms(best.median_ms)}, x{best.x_native:.1f} |"
-        )
+    """Return the table of compensation in Markdown, a shape and pass a line.
+
+    Memory is that of the process beyond the inputs, ours and that of the faster eager form.
+    """
+    lines = [
+        "| B x d, K, H | pass | this library | eager, the faster of two | torch.compile "
+        "| error, ours and eager's | MiB, ours and eager's | floor / time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, name in dict.fromkeys((row.shape, row.step) for row in rows):
+        here = [row for row in rows if (row.shape, row.step) == (label, name)]
+        native = next(row for row in here if row.contender == compensation.NATIVE)
+        eager = compensation.find_best(here, compensation.EAGER)
+        compiled = compensation.find_best(here, [compensation.COMPILED])
+        batch, d, k, hidden = label.split("x")
+        errors = [
+            row.output_error if name == "forward" else row.gradient_error
+            for row in (native, eager)
+            if row is not None
+        ]
+        memories = [row.memory_mib for row in (native, eager) if row is not None]
+        cells = [
+            f"{batch} x {d}, {k}, {hidden}",
+            name,
+            _ms(native.median_ms),
+            *(
+                f"{_ms(row.median_ms)}, x{row.x_native:.1f}" if row else "not run"
+                for row in (eager, compiled)
+            ),
+            ", ".join(f"{value:.1g}" for value in errors),
+            ", ".join(f"{value:.3g}" for value in memories),
+            f"{native.floor_share:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(about)])
+
+
+def step_table(about: Mapping[str, str], rows: Sequence[step.Row]) -> str:
+    """Return the table of KDCI's share of training steps in Markdown."""
+    lines = [
+        "| step of | batch, classes, K | without KDCI | KDCI's loss | dictionary | share | "
+        "in every step | with - without | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row.name} ({row.kind})",
+            f"{row.batch}, {row.classes}, {row.prototypes}",
+            _ms(row.without_ms),
+            _ms(row.loss_ms),
+            _ms(row.dictionary_ms),
+            f"{row.share:.2%}",
+            f"{row.every_step_share:.2%}",
+            f"{row.difference_ms / row.without_ms:+.1%} ± "
+            f"{row.difference_spread_ms / row.without_ms:.1%}",
+            f"{row.memory_share:+.2%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _source(about)])
 
 

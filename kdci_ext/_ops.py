@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kdci_ext import _load
 from kdci_ext.reference import accumulate_dtype
@@ -236,6 +237,101 @@ class _CompensatedKDLoss(torch.autograd.Function):
         return _kd_loss_backward(ctx, grad)
 
 
+def _loop(
+    function: Any, info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule of torch.vmap: one call after the other."""
+    results = [
+        function(
+            *(
+                value if dim is None else value.select(dim, i)
+                for value, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for i in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(each) for each in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+# torch.func wants functions whose context is set up apart, and refuses what register_autograd
+# makes. Transforms nest: what is called within a forward or backward pass may again be transformed.
+
+
+class _FunctionalBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _call("compensate_backward", _FunctionalBackward, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+        return _no_double_backward(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _loop(_FunctionalBackward.forward, info, in_dims, inputs)
+
+
+class _FunctionalCompensate(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _call("compensate", _FunctionalCompensate, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _compensate_context(ctx, inputs, output)
+        ctx.dictionary_grad = True
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 8
+        grads = _call(
+            *("compensate_backward", _FunctionalBackward, grad, *ctx.saved_tensors),
+            *(ctx.posterior, ctx.scale, True),
+        )
+        return (*grads, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _loop(_FunctionalCompensate.forward, info, in_dims, inputs)
+
+
+class _FunctionalKDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _call("compensated_kd_loss", _FunctionalKDLoss, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save_kd_loss(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *of_gradients: Tensor | None) -> Grads:
+        # The gradients are outputs that may be differentiated, so that this can be refused.
+        if any(each is not None for each in of_gradients):
+            raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
+        if grad is None:
+            return (None,) * 12
+        student, *rest = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return (student, None, *rest, None, None, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _loop(_FunctionalKDLoss.forward, info, in_dims, inputs)
+
+
+def _call(name: str, functional: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    """Call an operator, by way of ``functional`` within transforms of torch.func."""
+    if torch._C._are_functorch_transforms_active():
+        return functional.apply(*inputs)  # type: ignore[no-any-return]
+    return getattr(torch.ops.kdci_ext, name).default(*inputs)  # type: ignore[no-any-return]
+
+
 # Some versions of PyTorch annotate it, some do not.
 _apply_compensate: Any = _Compensate.apply
 _apply_kd_loss: Any = _CompensatedKDLoss.apply
@@ -243,34 +339,56 @@ _apply_kd_loss: Any = _CompensatedKDLoss.apply
 
 def compensate(*inputs: Any) -> Tensor:
     """Call the operator for its first output."""
-    if _eager_grad(inputs[:6]):
-        return _apply_compensate(*inputs)  # type: ignore[no-any-return]
+    tensors = inputs[:6]
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            _refuse_forward_mode("compensate", tensors)
+            return _call("compensate", _FunctionalCompensate, *inputs)[0]
+        if _needs_grad(tensors):
+            return _apply_compensate(*inputs)  # type: ignore[no-any-return]
+        _refuse_forward_mode("compensate", tensors)
     return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
 
 
 def compensated_kd_loss(*inputs: Any) -> Tensor:
     """Call the operator for its first output, with the gradients that autograd will want."""
     tensors = inputs[:7]
-    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    need_grad = _needs_grad(tensors)
     dictionary_grad = need_grad and (tensors[2].requires_grad or tensors[3].requires_grad)
-    inputs = (*inputs, need_grad, dictionary_grad)
-    if _eager_grad(tensors):
-        return _apply_kd_loss(*inputs)  # type: ignore[no-any-return]
-    return torch.ops.kdci_ext.compensated_kd_loss.default(*inputs)[0]  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            _refuse_forward_mode("compensated_kd_loss", tensors)
+            # An outer transform may take gradients of what needs none here.
+            all_grads = torch.is_grad_enabled()
+            return _call(
+                *("compensated_kd_loss", _FunctionalKDLoss, *inputs, all_grads, all_grads)
+            )[0]
+        if need_grad:
+            return _apply_kd_loss(*inputs, need_grad, dictionary_grad)  # type: ignore[no-any-return]
+        _refuse_forward_mode("compensated_kd_loss", tensors)
+    loss = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs, need_grad, dictionary_grad)
+    return loss[0]  # type: ignore[no-any-return]
 
 
-def _eager_grad(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether to skip the autograd function that ``register_autograd`` makes.
+def _needs_grad(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether autograd will want gradients.
 
-    It costs four times as much as ours, as long as the kernels at the smallest shapes; but it is
-    the one that torch.compile and torch.func see.
+    In eager mode it then gets them by functions of ours: what ``register_autograd`` makes costs
+    four times as much, as long as the kernels at the smallest shapes, but is what torch.compile
+    sees.
     """
-    return (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _refuse_forward_mode(name: str, tensors: tuple[Tensor, ...]) -> None:
+    """Refuse tangents, which the operators would drop without a word."""
+    if forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual  # annotated in some versions of PyTorch only
+    if any(unpack(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"kdci_ext::{name} has no forward-mode derivative (jvp): use backend='reference' for it"
+        )
 
 
 if _load.native_available():

@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,12 +25,16 @@ from torch import Tensor, nn
 from python_models.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], object], *, keep_as: Path | None = None
+) -> None:
     """Write a file so that it is at every instant either the old one or the new one, complete.
 
     Args:
         path: The file.
         write: Writes the contents to the path it is given.
+        keep_as: Where the old file goes. For an instant, when the new one is on the disk as a
+            whole, there is then none at `path`.
 
     Raises:
         UserError: If the disk is full or the folder cannot be written; the old file is kept.
@@ -40,6 +45,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -50,15 +57,94 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         kept = "; the previous one is kept" if path.exists() else ""
-        raise UserError(f"cannot write {path}{kept}: {error}") from error
+        reason = _system_error(error) or error
+        raise UserError(f"cannot write {path}: {reason}{kept}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
+def _system_error(error: BaseException | None) -> str | None:
+    """Return what the system said first, which torch's own error on a full disk leaves out."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror is not None:
+            return error.strerror
+        error = error.__context__
+    return None
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what processes that were killed while they wrote a file atomically left of it."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Return where the checkpoint before the one at `path` is."""
+    return path.with_name(f"previous{path.suffix}")
+
+
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Save a training state of tensors and plain values, atomically."""
-    write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
+    """Save a training state of tensors and plain values, atomically.
+
+    The checkpoint before it is kept as `previous_checkpoint`, older ones are not.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written; no checkpoint is lost.
+    """
+
+    def write(temporary: Path) -> None:
+        # To a file of Python's, whose error says why nothing more can be written.
+        with open(temporary, "wb") as file:
+            torch.save(dict(state), file)
+
+    write_atomically(path, write, keep_as=previous_checkpoint(path))
+
+
+def resume_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Load the last checkpoint that is whole, which stands at `path` thereafter.
+
+    One that is damaged is set aside as ``damaged.pt``, with a warning, if the one before it is
+    whole.
+
+    Args:
+        path: Where `save_checkpoint` saved.
+
+    Returns:
+        The state, or None if there is no checkpoint yet.
+
+    Raises:
+        UserError: If there are checkpoints, but none that is whole.
+    """
+    previous = previous_checkpoint(path)
+    if not path.exists():  # not yet, or the process was killed between two renames
+        return _load_whole(previous) if previous.exists() else None
+    try:
+        return _load_whole(path)
+    except UserError as error:
+        if not previous.exists():
+            raise UserError(
+                f"{error}; there is no checkpoint before it: begin anew with --overwrite"
+            ) from error
+        state = _load_whole(previous)
+        # In this order the whole one has a name that is looked for at every instant.
+        os.replace(path, path.with_name(f"damaged{path.suffix}"))
+        os.replace(previous, path)
+        warnings.warn(f"{error}; going on from the checkpoint before it", stacklevel=2)
+        return state
+
+
+def _load_whole(path: Path) -> dict[str, Any]:
+    """Load a checkpoint, and compare its contents with their checksums, as torch does not."""
+    state = load_checkpoint(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged or no checkpoint: {error}") from error
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: {damaged} in it does not fit its checksum")
+    return state
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

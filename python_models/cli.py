@@ -21,6 +21,7 @@ from python_models.config import (
     DistillConfig,
     EvaluateConfig,
     ReportConfig,
+    StudyConfig,
     TrainTeacherConfig,
     distill_defaults,
     override,
@@ -28,8 +29,15 @@ from python_models.config import (
     read_arguments,
     read_settings,
     read_yaml,
+    study_paths,
 )
-from python_models.errors import DivergenceError, Interrupted, UserError, unknown_name
+from python_models.errors import (
+    DivergenceError,
+    Interrupted,
+    StudyError,
+    UserError,
+    unknown_name,
+)
 
 SettingsT = TypeVar("SettingsT")
 ConfigT = TypeVar("ConfigT")
@@ -48,7 +56,8 @@ commands:
   distill         distil a teacher into a student, without the teacher's data
   evaluate        measure the accuracy of a trained network
   report          make a page about runs, those with and without KDCI beside each other
-  list            show methods, networks, generators, datasets and presets
+  study           run many pairs, with KDCI and without, and compare them over seeds
+  list            show methods, networks, generators, datasets, presets and studies
   demo            see it work in a few minutes on a CPU
   bench           measure the operators beside other libraries (in a clone)
 
@@ -63,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after ``kdci``; by default those of the process.
 
     Returns:
-        Exit code: 0 done, 1 the training failed, 2 the user's mistake, 130 stopped by Ctrl-C.
+        Exit code: 0 done, 1 a training failed or a study missed a floor, 2 the user's mistake,
+        130 stopped by Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -77,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `kdci list | head`
         sys.stderr.close()
         return 0
-    except DivergenceError as error:
+    except (DivergenceError, StudyError) as error:
         return _fail(error, 1)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in OPTIONAL_PACKAGES:
@@ -110,6 +120,7 @@ def _run(words: list[str]) -> int:
         "distill": _distill,
         "evaluate": _evaluate,
         "report": _report,
+        "study": _study,
         "list": _list,
         "demo": _demo,
         "bench": _bench,
@@ -282,8 +293,35 @@ def _report(words: list[str]) -> None:
     print(f"report: {result.page}")
 
 
+def _study(words: list[str]) -> None:
+    import tyro
+
+    config = tyro.cli(
+        StudyConfig,
+        args=words,
+        prog="kdci study",
+        description="Run a study: methods x variants x seeds; see kdci list studies.",
+        config=(tyro.conf.PositionalRequiredArgs,),
+    )
+    from python_models.study import run_study
+
+    _make_working_directory_importable()
+    result = run_study(config)
+    print(f"\n{result.text}\nfiles: {result.folder}")
+    if result.problems:
+        raise StudyError("\n  ".join(["this study is not as it should be:", *result.problems]))
+
+
 def _list(words: list[str]) -> None:
-    kinds = ("methods", "networks", "generators", "discriminators", "datasets", "presets")
+    kinds = (
+        "methods",
+        "networks",
+        "generators",
+        "discriminators",
+        "datasets",
+        "presets",
+        "studies",
+    )
     parser = argparse.ArgumentParser("kdci list", description="Show what there is by name.")
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join(kinds)}; all, if left out")
     kind = parser.parse_args(words).kind
@@ -301,8 +339,9 @@ def _list(words: list[str]) -> None:
 
 def _entries(kind: str) -> list[tuple[str, str]]:
     """Return the names of a kind, each with one line about it."""
-    if kind == "presets":
-        about = {name: read_yaml(path) for name, path in preset_paths().items()}
+    if kind in ("presets", "studies"):
+        paths = preset_paths() if kind == "presets" else study_paths()
+        about = {name: read_yaml(path) for name, path in paths.items()}
         return [
             (name, f"{v.get('about', '')} [{v.get('source', '')}]") for name, v in about.items()
         ]

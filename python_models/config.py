@@ -155,6 +155,8 @@ class OutputConfig:
     """Epochs between measurements of accuracy; the last epoch is always measured."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which one is made within an epoch too; 0: never."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too, into the run folder's tensorboard/."""
     resume: bool = False
@@ -242,6 +244,26 @@ class EvaluateConfig:
     """Images in a forward pass."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """Where and how a study runs; the study itself is a YAML file."""
+
+    study: str
+    """A name of kdci list studies, or a YAML file."""
+    out_dir: Path | None = None
+    """Study folder; by default runs/study-<name>. Several processes, also on several machines, may
+    work in one."""
+    data_root: Path = Path("data")
+    """Folder that holds the datasets."""
+    download: bool = False
+    """Download datasets that are not there."""
+    device: str | None = None
+    """Where to compute: auto, cpu, cuda, cuda:1, ...; by default as the study says."""
+    jobs: int | None = None
+    """Runs at a time, each in a process of its own; by default one per CPU core, and one on a
+    GPU."""
 
 
 @dataclass(kw_only=True)
@@ -418,12 +440,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a flat YAML file of settings.
 
     Raises:
-        UserError: If it is missing, is no YAML or is no flat mapping.
+        UserError: If it is missing, is no YAML, is no mapping or gives a name twice.
     """
     import yaml
 
+    class UniqueKeys(yaml.SafeLoader):
+        """Refuses a name that is given twice, of which YAML would take the last one."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise UserError(f"{path}: line {line}: {key.value!r} is given twice")
+                if isinstance(key, yaml.ScalarNode):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -445,13 +480,25 @@ def write_yaml(path: Path, config: object) -> None:
     """Write a config as a flat YAML file, without what concerns the one run folder."""
     import yaml
 
+    from python_models.checkpoint import write_atomically
+
     values = {name: value for name, value in flatten(config).items() if name not in _NOT_SAVED}
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def preset_paths() -> dict[str, Path]:
     """Return the presets that come with the package: name to YAML file."""
-    folder = Path(str(resources.files("python_models"))) / "presets"
+    return _shipped("presets")
+
+
+def study_paths() -> dict[str, Path]:
+    """Return the studies that come with the package: name to YAML file."""
+    return _shipped("studies")
+
+
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = Path(str(resources.files("python_models"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -562,5 +609,7 @@ def check(config: DistillConfig[Any]) -> None:
             )
     if other is not None and not compensation.kdci:
         raise UserError(f"kdci_dictionary_teacher={other} needs KDCI: leave it out or give --kdci")
+    if not config.output.checkpoint_minutes >= 0:
+        raise UserError(f"checkpoint_minutes={config.output.checkpoint_minutes} must be >= 0")
     if config.output.resume and config.output.overwrite:
         raise UserError("resume and overwrite exclude each other: give one of them")

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any, Literal
 
 from python_models.config import TrainTeacherConfig, distill_config, leaves
 from python_models.errors import Interrupted, UserError
+from python_models.processes import cores, run_beside
 from python_models.reporting import duration
 
 MINI_DATA = "digits"
@@ -104,7 +102,7 @@ def demo(config: DemoConfig) -> list[dict[str, Any]]:
         )
     )
     runs = _student_settings(config, budget, dataset, out_dir)
-    jobs = config.jobs or (1 if config.quick else min(len(runs), _cores()))
+    jobs = config.jobs or (1 if config.quick else min(len(runs), cores()))
     if jobs < 1:
         raise UserError(f"jobs={jobs} must be >= 1")
     if jobs == 1:
@@ -175,10 +173,6 @@ def _student_settings(
     }
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run_here(runs: dict[str, dict[str, Any]]) -> None:
     from python_models.engine import distill
 
@@ -188,40 +182,19 @@ def _run_here(runs: dict[str, dict[str, Any]]) -> None:
 
 def _run_beside(runs: dict[str, dict[str, Any]], jobs: int) -> None:
     """Run students in processes of their own, `jobs` at a time, and show their lines."""
-    threads = str(max(1, _cores() // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
-    waiting = list(runs.items())
-    running: dict[str, subprocess.Popen[str]] = {}
-    failed: list[str] = []
-    stopped = False
+    commands = {
+        name: ["python_models", "distill", *_flags(settings)] for name, settings in runs.items()
+    }
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs and not failed:
-                name, settings = waiting.pop(0)
-                running[name] = _start(settings, environment)
-            time.sleep(0.1)
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    if process.returncode:
-                        failed.append(name)
-            if failed and not running:
-                break
-    except KeyboardInterrupt:
-        stopped = True
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-    if stopped:
-        raise Interrupted("stopped; the demo starts from the beginning the next time")
+        # The results come in the table.
+        failed = run_beside(commands, jobs, lambda line: ": epoch " in line or "rror" in line)
+    except KeyboardInterrupt as stop:
+        raise Interrupted("stopped; the demo starts from the beginning the next time") from stop
     if failed:
         raise UserError(f"the run of the {failed[0]} failed; its message is above")
 
 
-def _start(settings: dict[str, Any], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start ``kdci distill`` in a process of its own; a thread passes its lines on."""
+def _flags(settings: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -229,23 +202,7 @@ def _start(settings: dict[str, Any], environment: dict[str, str]) -> subprocess.
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(value)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "python_models", "distill", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-    def pass_on() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            # The results come in the table.
-            if ": epoch " in line or "rror" in line:
-                print(line, end="", flush=True)
-
-    threading.Thread(target=pass_on, daemon=True).start()
-    return process
+    return words
 
 
 def _print_table(rows: list[dict[str, Any]], seconds: float, out_dir: Path) -> None:

@@ -28,7 +28,7 @@ from python_models.checkpoint import (
     export_network,
     fingerprint,
     first_not_finite,
-    load_checkpoint,
+    resume_checkpoint,
     save_checkpoint,
     write_atomically,
 )
@@ -613,8 +613,8 @@ class _Session:
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         self.teacher_accuracy = None if test is None else accuracy(run.teacher, test, run.device)
-        if run.config.output.resume and folder.checkpoint.exists():
-            state = load_checkpoint(folder.checkpoint)
+        state = resume_checkpoint(folder.checkpoint) if run.config.output.resume else None
+        if state is not None:
             run.load_state_dict(state["run"])
             self.rows, self.seconds = state["rows"], state["seconds"]
             self.peak_memory_mb = state.get("peak_memory_mb", 0.0)
@@ -623,6 +623,8 @@ class _Session:
         if run.unlabelled is not None and run.unlabelled.skipped.count:
             write_atomically(folder.skipped, run.unlabelled.skipped.write)
         run.unlabelled = None  # it may hold all candidates
+        # Time of the run at its last checkpoint.
+        self._saved_at = self.seconds
 
     def finish(self) -> RunResult:
         """Run to the end, or to Ctrl-C."""
@@ -656,6 +658,8 @@ class _Session:
                         self._end_epoch(epoch, progress)
                         if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
                             self._save(run.state_dict())
+                    if self._is_checkpoint_due():
+                        self._save(run.state_dict())
                     if stop.requested:
                         self._stop(run.state_dict())
         except DivergenceError as error:
@@ -674,7 +678,7 @@ class _Session:
         self._save(state)
         raise Interrupted(
             f"stopped after {state['step']} of {self.run.total_steps} steps, saved in "
-            f"{self.folder.path}; go on with: kdci distill --resume --out-dir {self.folder.path}"
+            f"{self.folder.path}; {self._how_to_go_on()}"
         )
 
     def _end_epoch(self, epoch: int, progress: Progress) -> None:
@@ -720,15 +724,26 @@ class _Session:
         )
         if spoilt is not None:
             raise DivergenceError(f"{spoilt} became nan or infinite by step {state['step']}")
-        save_checkpoint(
-            self.folder.checkpoint,
-            {
-                "run": state,
-                "rows": self.rows,
-                "seconds": self.seconds,
-                "peak_memory_mb": self._measure_memory(),
-            },
-        )
+        try:
+            save_checkpoint(
+                self.folder.checkpoint,
+                {
+                    "run": state,
+                    "rows": self.rows,
+                    "seconds": self.seconds,
+                    "peak_memory_mb": self._measure_memory(),
+                },
+            )
+        except UserError as error:
+            raise UserError(f"{error}; when it can be written, {self._how_to_go_on()}") from error
+        self._saved_at = self.seconds
+
+    def _is_checkpoint_due(self) -> bool:
+        minutes = self.run.config.output.checkpoint_minutes
+        return minutes > 0 and self.seconds - self._saved_at >= 60 * minutes
+
+    def _how_to_go_on(self) -> str:
+        return f"go on with: kdci distill --resume --out-dir {self.folder.path}"
 
     def _measure_memory(self) -> float:
         """Return the peak so far, that of the processes before a resume included."""

@@ -15,6 +15,10 @@ class DivergenceError(RuntimeError):
     """A loss became NaN or infinite."""
 
 
+class StudyError(RuntimeError):
+    """A study has no complete result, or one below a stated floor."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by Ctrl-C after its state was saved; the message says how to resume."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from python_models.checkpoint import write_atomically
+from python_models.checkpoint import remove_temporaries, write_atomically
 from python_models.errors import DivergenceError, UserError
 
 METRICS = {
@@ -56,7 +56,6 @@ class RunFolder:
     """
 
     OWN = (
-        "config.yaml",
         "metrics.csv",
         "summary.json",
         "checkpoints",
@@ -66,6 +65,8 @@ class RunFolder:
         "student.safetensors",
         "teacher.safetensors",
         "tensorboard",
+        # Last, so that nothing of a run is left where it is gone.
+        "config.yaml",
     )
 
     def __init__(self, path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -87,10 +88,20 @@ class RunFolder:
                     shutil.rmtree(found)
                 else:
                     found.unlink(missing_ok=True)
+        if holds_run:
+            for file in (*(path / name for name in self.OWN), self.checkpoint):
+                remove_temporaries(file)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make out_dir={path}: {error.strerror}") from error
+
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """Return the files of a folder as it is, whether or not there is a run in it."""
+        folder = cls.__new__(cls)
+        folder.path = path
+        return folder
 
     @property
     def config(self) -> Path:

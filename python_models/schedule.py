@@ -13,8 +13,14 @@ import torch
 from python_models.config import read_settings
 from python_models.errors import UserError
 
-MAY_CHANGE = frozenset({"out_dir", "resume", "overwrite", "device", "data_root", "tensorboard"})
-"""Settings that may differ when a run is resumed."""
+MAY_CHANGE = frozenset(
+    {
+        *("out_dir", "resume", "overwrite", "checkpoint_every", "checkpoint_minutes"),
+        *("device", "data_root", "tensorboard", "teacher", "teacher_weights"),
+    }
+)
+"""Settings that may differ when a run is resumed. The teacher's file may lie elsewhere: whether it
+is the same teacher, the checkpoint tells by its weights."""
 
 
 def learning_rate(
@@ -47,6 +53,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
+def differing_settings(settings: Mapping[str, Any], saved: Path) -> list[str]:
+    """Return how settings differ from those that a run began with.
+
+    Args:
+        settings: Flat settings of now.
+        saved: The run's config.yaml.
+
+    Returns:
+        ``name was ... and is ... now`` for each, without those that may change.
+    """
+    before = read_settings(saved)
+    return [
+        f"{name} was {before.get(name)!r} and is {value!r} now"
+        for name, value in settings.items()
+        if name not in MAY_CHANGE and before.get(name) != value
+    ]
+
+
 def check_same_run(settings: Mapping[str, Any], saved: Path) -> None:
     """Check that a run is resumed with the settings it began with.
 
@@ -57,12 +81,7 @@ def check_same_run(settings: Mapping[str, Any], saved: Path) -> None:
     Raises:
         UserError: Naming the first settings that differ.
     """
-    before = read_settings(saved)
-    differing = [
-        f"{name} was {before.get(name)!r} and is {value!r} now"
-        for name, value in settings.items()
-        if name not in MAY_CHANGE and before.get(name) != value
-    ]
+    differing = differing_settings(settings, saved)
     if differing:
         raise UserError(
             f"{saved.parent} cannot be resumed with other settings: {', '.join(differing[:3])}"

@@ -19,10 +19,10 @@ from python_models.checkpoint import (
     NetworkInfo,
     StopRequest,
     export_network,
-    load_checkpoint,
     load_weights,
     read_info,
     read_weights,
+    resume_checkpoint,
     save_checkpoint,
 )
 from python_models.config import InputConfig, TrainTeacherConfig, flatten, write_yaml
@@ -347,8 +347,8 @@ def train_teacher(config: TrainTeacherConfig) -> dict[str, Any]:
     augment_stream = randomness.on_device("augment")
     rows: list[dict[str, Any]] = []
     first_epoch, seconds = 0, 0.0
-    if config.resume and folder.checkpoint.exists():
-        state = load_checkpoint(folder.checkpoint)
+    state = resume_checkpoint(folder.checkpoint) if config.resume else None
+    if state is not None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         randomness.load_state_dict(state["randomness"])

@@ -425,11 +425,15 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     monkeypatch.setattr("benchmarks.threads.set_environment", lambda threads: None)
     for words, message in (
-        (["--shapes", "1x2x3"], "unknown shape '1x2x3': expected some of 256x10x8"),
-        (["--peers", "nobody"], "unknown peer 'nobody': expected some of native"),
-        (["--seconds", "0"], "seconds=0.0 must be > 0"),
+        (["dictionary", "--shapes", "1x2x3"], "unknown shape '1x2x3': expected some of 256x10x8"),
+        (["dictionary", "--peers", "nobody"], "unknown peer 'nobody': expected some of native"),
+        (["dictionary", "--seconds", "0"], "seconds=0.0 must be > 0"),
+        (["compensation", "--shapes", "1x2"], "unknown shape '1x2': expected some of 256x10x8x256"),
+        (["compensation", "--seconds", "0"], "seconds=0.0 must be > 0"),
+        (["step", "--networks", "resnet"], "unknown name 'resnet': expected some of lenet5"),
+        (["step", "--rounds", "-1"], "rounds=-1 must be > 0"),
     ):
-        assert main(["bench", "dictionary", *words]) == 2
+        assert main(["bench", *words]) == 2
         assert message in capsys.readouterr().err
 
 

@@ -226,6 +226,21 @@ def test_extreme_logits(dtype, magnitude, weighting):
     )
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_rows_of_unlike_scale(weighting):
+    """Rows beyond the range of the exponentials beside rows within, in one batch: both forms of the
+    kernel share its buffers.
+    """
+    inputs = make_attention(48, 10, 6, 64)
+    inputs.logits[16:32] *= 1e3
+    inputs = inputs.to(torch.float32)
+    grad = torch.randn(48, 10, dtype=torch.float64)
+    bounds = term_bounds(inputs, grad, posterior=weighting == "posterior", scale=1.0)
+    assert_rounding_only(
+        lambda x, backend: run_compensate(x, backend, grad, weighting=weighting), inputs, bounds
+    )
+
+
 def test_nan_logits_spread_no_further_than_their_row():
     inputs = make_attention(6, 10, 4, 32).to(torch.float32)
     clean = compensate(*inputs.operands)

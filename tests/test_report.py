@@ -422,18 +422,15 @@ def test_several_seeds_are_averaged(runs: Path) -> None:
 @pytest.mark.usefixtures("undrawn", "unembedded")
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
 def test_every_method_can_be_reported_on(method: str, tmp_path: Path) -> None:
-    """Its images are had from the checkpoint alone, as many as are asked for."""
-    distill(tiny_config(make_task(tmp_path), method, epochs=1, out_dir=tmp_path / "run"))
+    """Its images are had from the checkpoint alone: as many as it has, up to those asked for."""
+    epochs = METHOD_SETTINGS[method].get("epochs", 1)
+    task = make_task(tmp_path)
+    distill(tiny_config(task, method, epochs=epochs, kdci=True, out_dir=tmp_path / "run"))
     result, page = quick(tmp_path, "run", images=100)
     assert [what for what in result.left_out if "Images" in what] == []
     assert page.row("Students", "run")["Method"] == f"{method}, KDCI"
-    assert page.row("Fréchet distance", "run")["Images of each kind"] in (
-        "40",
-        "30",
-        "25",
-        "20",
-        "10",
-    )
+    images = page.row("Fréchet distance", "run")["Images of each kind"]
+    assert 10 <= int(images) <= 100
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(runs: Path) -> None:

@@ -2,6 +2,7 @@
 """Stopping and going on changes nothing; checkpoints are whole or absent."""
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -13,11 +14,13 @@ import pytest
 import torch
 from tiny_task import METHOD_SETTINGS, make_task, tiny_config
 
-from python_models import checkpoint
+from python_models import checkpoint, engine
 from python_models.checkpoint import (
     StopRequest,
     load_checkpoint,
+    previous_checkpoint,
     read_weights,
+    resume_checkpoint,
     save_checkpoint,
     write_atomically,
 )
@@ -196,10 +199,151 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         temporary.write_bytes(b"half a check")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"cannot write .*; the previous one is kept: .*No space"):
+    with pytest.raises(UserError, match=r"cannot write .*: No space left on device; the previous"):
         write_atomically(path, disk_full)
     assert load_checkpoint(path) == {"step": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def flip_a_bit(path: Path) -> None:
+    """Change one weight in the last mantissa bit, which torch.load does not notice."""
+    contents = bytearray(path.read_bytes())
+    start = bytes(contents).index(torch.arange(1000.0).numpy().tobytes())
+    contents[start + 400] ^= 1
+    path.write_bytes(contents)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def test_the_last_two_checkpoints_are_kept_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    assert resume_checkpoint(path) is None
+    for step in range(4):
+        save_checkpoint(path, {"step": step})
+    assert {file.name for file in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
+    assert resume_checkpoint(path) == {"step": 3}
+    assert load_checkpoint(previous_checkpoint(path)) == {"step": 2}
+    # As between the two renames of a save.
+    path.unlink()
+    assert resume_checkpoint(path) == {"step": 2}
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.write_bytes])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: Any, tmp_path: Path) -> None:
+    """It is set aside, so that the next save cannot put it in the place of the good one."""
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        save_checkpoint(path, {"step": step, "weights": torch.arange(1000.0)})
+    if damage is Path.write_bytes:
+        path.write_bytes(b"half a check")
+    else:
+        damage(path)
+    with pytest.warns(UserWarning, match=r"last\.pt is damaged.*; going on from the .* before it"):
+        state = resume_checkpoint(path)
+    assert state is not None
+    assert state["step"] == 1
+    assert {file.name for file in tmp_path.iterdir()} == {"last.pt", "damaged.pt"}
+    save_checkpoint(path, {"step": 3})
+    assert load_checkpoint(previous_checkpoint(path))["step"] == 1
+    cut(path)
+    cut(previous_checkpoint(path))
+    with pytest.raises(UserError, match=r"previous\.pt is damaged"):
+        resume_checkpoint(path)
+    previous_checkpoint(path).unlink()
+    with pytest.raises(UserError, match=r"no checkpoint before it: begin anew with --overwrite"):
+        resume_checkpoint(path)
+    assert path.exists()
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_ends_where_it_would_have(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    often = {"checkpoint_minutes": 1e-9}
+    distill(tiny_config(task, "fast", out_dir=whole))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Interrupted):
+            distill(tiny_config(task, "fast", out_dir=parts, **often))
+    cut(parts / "checkpoints" / "last.pt")
+    # What a process that was killed while it wrote leaves; the user's own files stay.
+    for name in (".metrics.csv.7.tmp", "checkpoints/.last.pt.7.tmp", ".mine.7.tmp"):
+        (parts / name).write_bytes(b"half")
+    with pytest.warns(UserWarning, match="going on from the checkpoint before it"):
+        distill(tiny_config(task, "fast", out_dir=parts, resume=True))
+    assert weights_of(whole) == weights_of(parts)
+    assert metrics_of(whole) == metrics_of(parts)
+    assert [path.name for path in parts.rglob("*.tmp")] == [".mine.7.tmp"]
+
+
+@pytest.mark.parametrize(("minutes", "saves"), [(0.0, 2), (1e-9, 10), (1e9, 2)])
+def test_checkpoints_are_made_at_the_ends_of_epochs_and_by_time(
+    minutes: float,
+    saves: int,
+    task: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fast makes two rounds of warm-up and eight student steps, in two epochs. Saving changes
+    nothing of the run.
+    """
+    distill(tiny_config(task, "fast", out_dir=tmp_path / "plain"))
+    made = []
+    original = engine.save_checkpoint
+
+    def save(path: Path, state: dict[str, Any]) -> None:
+        made.append(state["run"]["step"])
+        original(path, state)
+
+    monkeypatch.setattr(engine, "save_checkpoint", save)
+    out = tmp_path / "run"
+    distill(tiny_config(task, "fast", out_dir=out, checkpoint_minutes=minutes))
+    assert len(made) == saves
+    assert made == sorted(made)
+    assert weights_of(out) == weights_of(tmp_path / "plain")
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(UserError, match=r"checkpoint_minutes=.* must be >= 0"):
+            distill(tiny_config(task, "fast", out_dir=tmp_path / "x", checkpoint_minutes=wrong))
+
+
+def test_a_full_disk_is_named_as_such(tmp_path: Path) -> None:
+    """torch.save's own error on a full disk speaks of positions in its file alone."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"last\.pt: File too large; the previous one is kept$"):
+            save_checkpoint(path, {"weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+    assert load_checkpoint(path) == {"step": 1}
+
+
+def test_a_run_is_overwritten_from_its_checkpoints_to_its_settings(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the old run is removed, a folder never holds a checkpoint without the settings
+    it belongs to, from which a new run there could go on.
+    """
+    out = tmp_path / "run"
+    distill(tiny_config(task, "noise", out_dir=out))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for removing in ("shutil.rmtree", "pathlib.Path.unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(removing, killed)
+            with pytest.raises(KeyboardInterrupt):
+                distill(tiny_config(task, "noise", seed=1, out_dir=out, overwrite=True))
+        assert (out / "config.yaml").exists()
+    with pytest.raises(UserError, match="already holds a run"):
+        distill(tiny_config(task, "noise", seed=1, out_dir=out))
+    distill(tiny_config(task, "noise", seed=1, out_dir=out, overwrite=True))
 
 
 def test_damaged_and_dangerous_checkpoints_are_refused(tmp_path: Path) -> None:

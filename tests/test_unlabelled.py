@@ -3,6 +3,7 @@
 
 import csv
 import os
+import re
 import struct
 import sys
 import threading
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from fake_data import random_images, save_image, write_idx_split, write_npz
-from tiny_task import make_task, tiny_config
+from tiny_task import make_task, tiny_config, write_config
 
+from python_models.cli import main
 from python_models.data import (
     CorruptDataError,
     MissingDataError,
@@ -348,6 +350,42 @@ def test_a_run_on_a_bad_folder_finishes_and_names_what_it_skipped(
     distill(tiny_config(task, "dfnd", **{**settings, "unlabelled": "wild.npz"}, out_dir=out,
                         overwrite=True))  # fmt: skip
     assert not (out / "skipped.txt").exists()
+
+
+@pytest.mark.parametrize("method", ["dfnd", "kd3", "mosaickd"])
+def test_the_command_finishes_on_a_bad_folder_with_every_sampling_method(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the teacher to the exported student, once more with --resume; and where nothing is left
+    to learn from, one line that says so.
+    """
+    task = make_task(tmp_path)
+    unusable = make_bad_folder(tmp_path / "wild")
+    save_image(tmp_path / "wild" / "large.jpg", random_images(3000, 4000))
+    for i in range(20):
+        save_image(tmp_path / "wild" / f"{i:02}.png", random_images(32, 32, 3, seed=i))
+    config = write_config(tmp_path, task, method, unlabelled="wild", data_root=tmp_path)
+    out = tmp_path / "run"
+    words = ["distill", "--no-evaluate", "--config", str(config), "--out-dir", str(out)]
+    with pytest.warns(UserWarning, match="left out 9 of 33 images"):
+        assert main(words) == 0
+    student = (out / "student.safetensors").read_bytes()
+    with (out / "skipped.txt").open(newline="") as file:
+        reasons = {Path(name).name: why for name, why in csv.reader(file, delimiter="\t")}
+    assert reasons.keys() == unusable.keys()
+    for name, part in unusable.items():
+        assert part in reasons[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["distill", "--resume", "--out-dir", str(out)]) == 0
+    assert (out / "student.safetensors").read_bytes() == student
+    for path in (tmp_path / "wild").rglob("*"):
+        if path.is_file() and path.name not in unusable:
+            path.unlink()
+    capsys.readouterr()
+    assert main([*words, "--overwrite"]) == 2
+    assert re.fullmatch(r"error: .*wild.* none of the 9 images can be read.*\n",
+                        capsys.readouterr().err)  # fmt: skip
 
 
 def test_a_folder_that_may_not_be_read_is_named(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -135,6 +136,15 @@ def rebuild(run: Path) -> Classifier:
 def tiny_config(task: dict[str, Any], method: str, **values: Any) -> DistillConfig[Any]:
     """Return the config of a quick run."""
     return distill_config(method=method, **{**task, **METHOD_SETTINGS[method], **values})
+
+
+def write_config(folder: Path, task: dict[str, Any], method: str, **values: Any) -> Path:
+    """Write the settings of a quick run as a file for ``--config``."""
+    settings = {**task, **METHOD_SETTINGS[method], **values, "method": method}
+    path = folder / "settings.yaml"
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+    path.write_text(yaml.safe_dump(plain))
+    return path
 
 
 def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:

@@ -107,10 +107,13 @@ Compensation<T>::Compensation(
   log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
   direct_ = arena.take<uint8_t>(in_.batch / attention_block + 1);
   if (grads) {
+    // The projected keys are packed before there are activations.
+    Arena early(arena);
+    projected_ = early.take<T>(in_.prototypes * in_.hidden);
+    arena.include(early);
     activations_ = arena.take<T>(in_.batch * keys_.padded);
     grad_score_ = arena.take<T>(in_.batch * in_.prototypes);
     row_sums_ = arena.take<T>(in_.batch);
-    grad_key_ = arena.take<T>(in_.prototypes * keys_.padded);
     grad_w_score_ = arena.take<T>(keys_.padded);
   }
 }
@@ -118,6 +121,9 @@ Compensation<T>::Compensation(
 template <typename T>
 void Compensation<T>::prepare(const T* key, T* projected) {
   const int64_t d = in_.classes;
+  if (projected == nullptr) {
+    projected = projected_;
+  }
   const int64_t width = kernels_.panel_width;
   torch::stable::parallel_for(
       0,
@@ -339,6 +345,20 @@ void Compensation<T>::grad_dictionary(
 template <typename T>
 void Compensation<T>::backward(const T* weights, CompensationGrads& grads) {
   const int64_t d = in_.classes;
+  // The gradient of the keys takes the place of what no block of queries reads;
+  // only where some are direct and some are not it needs memory of its own.
+  const int64_t blocks = (in_.batch + attention_block - 1) / attention_block;
+  const int64_t direct = std::count(direct_, direct_ + blocks, uint8_t(1));
+  Tensor memory;
+  if (direct == 0) {
+    grad_key_ = keys_.values;
+  } else if (direct == blocks) {
+    grad_key_ = keys_.exponentials;
+  } else {
+    memory =
+        empty_cpu({keys_.count * keys_.padded}, grads.logits.scalar_type());
+    grad_key_ = data<T>(memory);
+  }
   const int64_t width = kernels_.panel_width;
   const int64_t terms = width * in_.batch * (in_.prototypes + d);
   torch::stable::parallel_for(

@@ -82,7 +82,8 @@ class Compensation {
   void for_rows(const Step& step) const;
 
   /// Prepares the attention over key [K, H], or, if that is null, over the keys
-  /// z w_key^T, which go to projected [K, H].
+  /// z w_key^T, which go to projected [K, H]. That may be null too if `grads`
+  /// was given.
   void prepare(const T* key, T* projected);
 
   /// query [B, stride] = logits w_query^T.
@@ -136,6 +137,7 @@ class Compensation {
   T* prior_;                  // [K, d], what the weights average
   T* log_proportions_;        // [K], null for the paper's weighting
   uint8_t* direct_;           // [blocks]
+  T* projected_ = nullptr;    // [K, H], in the memory of what follows
   T* activations_ = nullptr;  // [B, padded]
   T* grad_score_ = nullptr;   // [B, K]
   T* row_sums_ = nullptr;     // [B]

@@ -15,11 +15,9 @@ namespace {
 template <typename T>
 struct LossBuffers {
   LossBuffers(Arena& arena, const CompensationInputs<T>& inputs)
-      : key(arena.take<T>(inputs.prototypes * inputs.hidden)),
-        weights(arena.take<T>(inputs.batch * inputs.prototypes)),
+      : weights(arena.take<T>(inputs.batch * inputs.prototypes)),
         block_losses(arena.take<double>(inputs.batch / attention_block + 1)) {}
 
-  T* key;               // [K, H]
   T* weights;           // [B, K]
   double* block_losses; // [blocks]
 };
@@ -46,7 +44,7 @@ void compute_loss(
   const T inverse_temperature = static_cast<T>(1 / temperature);
   const T grad_factor =
       need_grad ? static_cast<T>(temperature / inputs.batch) : T(0);
-  steps.prepare(nullptr, buffers.key);
+  steps.prepare(nullptr, nullptr);
   steps.for_rows([&](int64_t first, int64_t rows) {
     T* query = steps.activations();
     const int64_t stride = steps.activation_stride();

@@ -32,8 +32,11 @@ constexpr double precision = sizeof(T) == 4 ? 1e-9 : 1.1e-16;
 // What a block misses of the variance before it is filtered, at most.
 constexpr double missing_at_first = 0.1;
 
-// Matrices up to this size are reduced in full.
+// Matrices up to this size are reduced in full; up to the other one where there
+// are so many rows that forming the matrix takes most of the time: iterations
+// do not separate directions of nearly equal variance.
 constexpr int64_t small_size = 256;
+constexpr int64_t many_rows_size = 1024;
 
 // Rows rounded to integers: so many at a time that no sum of products of
 // values in (-1, 1) times the factor exceeds 2^30. For few values it does not
@@ -73,17 +76,21 @@ struct Spectrum {
 };
 
 template <typename T>
-Spectrum spectrum(const double* matrix, int64_t n, int64_t q) {
+Spectrum spectrum(
+    const double* matrix,
+    int64_t n,
+    int64_t q,
+    const EigenBuffers& buffers) {
   if (sizeof(T) == 4) {
     const int64_t pitch = eigen_pitch(n);
-    std::vector<float> copy(n * pitch);
+    std::fill_n(buffers.matrix, n * pitch, 0.0F);
     for (int64_t i = 0; i < n * n; ++i) {
-      copy[i / n * pitch + i % n] = static_cast<float>(matrix[i]);
+      buffers.matrix[i / n * pitch + i % n] = static_cast<float>(matrix[i]);
     }
-    std::vector<double> work(eigen_work(n));
     const int64_t ranks[] = {0, q - 1, n - 1};
     double values[3];
-    eigen_kernels().eigenvalues(copy.data(), n, ranks, 3, values, work.data());
+    eigen_kernels().eigenvalues(
+        buffers.matrix, n, ranks, 3, values, buffers.work);
     return {values[0], values[1], values[2]};
   }
   std::vector<double> copy(matrix, matrix + n * n);
@@ -96,21 +103,24 @@ Spectrum spectrum(const double* matrix, int64_t n, int64_t q) {
 
 /// vectors [n, q] = the leading eigenvectors of the matrix of these entries.
 template <typename T, typename Entry>
-void leading_vectors(int64_t n, int64_t q, Entry entry, T* vectors) {
+void leading_vectors(
+    int64_t n,
+    int64_t q,
+    Entry entry,
+    const EigenBuffers& buffers,
+    T* vectors) {
   if (sizeof(T) == 4) {
     const int64_t pitch = eigen_pitch(n);
-    std::vector<float> matrix(n * pitch);
-    std::vector<float> found(n * pitch);
-    std::vector<double> work(eigen_work(n));
+    std::fill_n(buffers.matrix, n * pitch, 0.0F);
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < n; ++j) {
-        matrix[i * pitch + j] = static_cast<float>(entry(i, j));
+        buffers.matrix[i * pitch + j] = static_cast<float>(entry(i, j));
       }
     }
     if (eigen_kernels().leading_eigenvectors(
-            matrix.data(), n, q, found.data(), work.data())) {
+            buffers.matrix, n, q, buffers.vectors, buffers.work)) {
       for (int64_t i = 0; i < n; ++i) {
-        std::copy_n(found.data() + i * pitch, q, vectors + i * q);
+        std::copy_n(buffers.vectors + i * pitch, q, vectors + i * q);
       }
       return;
     }
@@ -154,7 +164,8 @@ PrincipalSubspace<T>::PrincipalSubspace(
   // that is nearly orthogonal to a wanted direction. A full solution takes
   // about as long as iterations on half of the space.
   const int64_t width = (q + std::max<int64_t>(16, q / 8) + 11) / 12 * 12;
-  width_ = 2 * width < size_ && size_ > small_size ? width : 0;
+  const bool reduced = size_ <= (n >= 8 * d ? many_rows_size : small_size);
+  width_ = reduced || 2 * width >= size_ ? 0 : width;
   groups_ = gram_ || d >= wide_rows ? 1 : std::clamp<int64_t>(n / 8192, 1, 16);
   chunk_rows_ = gram_ ? n : std::min<int64_t>(n, 256);
   stride_ = gram_ ? d : num_tiles_ * tile_points;
@@ -179,6 +190,12 @@ PrincipalSubspace<T>::PrincipalSubspace(
   rotation_ = arena.take<double>(width_ * width_);
   norms_ = arena.take<double>(width_);
   kept_ = arena.take<bool>(width_);
+  if (sizeof(T) == 4) {
+    const int64_t dense = width_ > 0 ? width_ : size_;
+    eigen_.matrix = arena.take<float>(dense * eigen_pitch(dense));
+    eigen_.vectors = arena.take<float>(dense * eigen_pitch(dense));
+    eigen_.work = arena.take<double>(eigen_work(dense));
+  }
 }
 
 /// Columns of the matrix in a tile.
@@ -457,7 +474,7 @@ bool PrincipalSubspace<T>::iterate() {
     restrict_matrix();
     // A polynomial that is small on [0, cut] grows like this at the last
     // wanted value.
-    const Spectrum start = spectrum<T>(restricted_, width_, q_);
+    const Spectrum start = spectrum<T>(restricted_, width_, q_, eigen_);
     if (!(start.first > 0)) {
       return false; // the sketch's signs cancelled
     }
@@ -468,7 +485,7 @@ bool PrincipalSubspace<T>::iterate() {
     filter(cut, start.first / cut, static_cast<int>(degree));
     apply();
     restrict_matrix();
-    const Spectrum end = spectrum<T>(restricted_, width_, q_);
+    const Spectrum end = spectrum<T>(restricted_, width_, q_, eigen_);
     const double grown = std::cosh(degree * growth(end.wanted, cut));
     missing /= grown * grown;
     if (missing <= 4 * enough) {
@@ -716,6 +733,7 @@ void PrincipalSubspace<T>::take_leading() {
       w,
       q_,
       [&](int64_t i, int64_t j) { return restricted_[i * w + j]; },
+      eigen_,
       vectors.data());
   for (int64_t i = 0; i < w; ++i) {
     for (int64_t j = 0; j < w; ++j) {
@@ -733,10 +751,21 @@ void PrincipalSubspace<T>::take_leading() {
 
 template <typename T>
 void PrincipalSubspace<T>::solve_fully() {
+  EigenBuffers buffers = eigen_;
+  std::vector<float> dense;
+  std::vector<double> work;
+  if (width_ > 0) {
+    // Those at hand are for the block that failed: this is rare.
+    const int64_t length = size_ * eigen_pitch(size_);
+    dense.resize(2 * length);
+    work.resize(eigen_work(size_));
+    buffers = {dense.data(), dense.data() + length, work.data()};
+  }
   leading_vectors<T>(
       size_,
       q_,
       [&](int64_t i, int64_t j) { return *entry(matrix_, size_, i, j); },
+      buffers,
       leading_);
 }
 

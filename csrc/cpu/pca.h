@@ -21,6 +21,13 @@ struct CenteredRows {
   T scale;
 };
 
+/// Memory for the eigenvectors of a dense matrix [n, n] of floats.
+struct EigenBuffers {
+  float* matrix = nullptr;  // [n, eigen_pitch(n)]
+  float* vectors = nullptr; // [n, eigen_pitch(n)]
+  double* work = nullptr;   // [eigen_work(n)]
+};
+
 /// Finds a basis [d, q] of the subspace of `rows` [n, d] in which their
 /// variance is greatest. The smaller of the covariance X^T X and the Gram
 /// matrix X X^T is formed; its leading subspace is found by a full reduction
@@ -94,6 +101,7 @@ class PrincipalSubspace {
   double* rotation_;   // [width, width]
   double* norms_;      // [width]: of the columns of V
   bool* kept_;         // [width]
+  EigenBuffers eigen_;
 };
 
 } // namespace kdci

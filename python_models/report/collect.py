@@ -200,10 +200,15 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_run(path: Path, name: str, settings: Mapping[str, Any]) -> Run:
     folder = RunFolder(path, resume=True, overwrite=False)
     summary = _read_summary(folder.summary) if folder.summary.exists() else None
-    return Run(folder, name, settings, _read_metrics(folder.metrics), summary)
+    return Run(folder, name, settings, read_metrics(folder.metrics), summary)
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read a run's metrics.csv: numbers by column, a line an epoch, without those that are empty.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -50,7 +50,7 @@ def to_png(figure: Figure) -> bytes:
 
 def accuracy_curves(comparisons: Sequence[Comparison], teacher: float | None) -> Figure:
     """Draw accuracy over epochs, a panel a comparison, on common axes."""
-    figure, panels = _panels(len(comparisons), share=True)
+    figure, panels = panels_of(len(comparisons), share=True)
     for axes, comparison in zip(panels, comparisons, strict=True):
         for run in comparison.runs:
             _curve(axes, run, "accuracy")
@@ -70,7 +70,7 @@ def curves(runs: Sequence[Run], columns: Mapping[str, str]) -> Figure:
         runs: Those to draw in each panel.
         columns: Titles of the panels by column.
     """
-    figure, panels = _panels(len(columns))
+    figure, panels = panels_of(len(columns))
     for axes, (column, title) in zip(panels, columns.items(), strict=True):
         for run in runs:
             _curve(axes, run, column)
@@ -175,7 +175,7 @@ def embeddings(points: Mapping[str, tuple[Tensor, Tensor]], class_names: Sequenc
     """
     from matplotlib import colormaps
 
-    figure, panels = _panels(len(points), height=3.4)
+    figure, panels = panels_of(len(points), height=3.4)
     palette = colormaps["tab10" if len(class_names) <= 10 else "tab20"]
     for axes, (title, (places, labels)) in zip(panels, points.items(), strict=True):
         for label in sorted(set(labels.tolist())):
@@ -241,7 +241,7 @@ def dictionary(prototypes: Tensor, proportions: Tensor, class_names: Sequence[st
     return figure
 
 
-def _panels(
+def panels_of(
     count: int, *, share: bool = False, height: float = PANEL[1]
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of panels, two in a row."""

@@ -19,6 +19,79 @@ KDCI_INLINE Vec<T> load_before(const T* from, const T* end) {
   return load(values);
 }
 
+// Columns are read in blocks, of one row after the other: far apart where rows
+// are long, which only a prefetch some rows ahead makes quick.
+constexpr int64_t rows_ahead = 16;
+
+template <typename T>
+KDCI_INLINE void prefetch_below(const T* from, int64_t d, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t k = 0; k < count; k += line) {
+    __builtin_prefetch(from + rows_ahead * d + k);
+  }
+}
+
+/// Statistics of the columns of `vectors` vectors, from `k` on.
+template <int vectors, typename T>
+KDCI_INLINE void vector_stats(
+    const T* rows,
+    int64_t n,
+    int64_t d,
+    const T* rows_end,
+    int64_t k,
+    double* sum,
+    T* low,
+    T* high) {
+  constexpr int halves = sizeof(double) / sizeof(T);
+  constexpr int64_t columns = vectors * lanes<T>;
+  Vec<double> sums[vectors * halves] = {};
+  Vec<T> lows[vectors];
+  Vec<T> highs[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    lows[v] = load_before(rows + k + v * lanes<T>, rows_end);
+    highs[v] = lows[v];
+  }
+  const auto add = [&](const T* values) KDCI_ALWAYS_INLINE {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<T> value = load(values + v * lanes<T>);
+      lows[v] = value < lows[v] ? value : lows[v];
+      highs[v] = value > highs[v] ? value : highs[v];
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < vectors * halves; ++h) {
+      sums[h] += widen(values + h * lanes<double>);
+    }
+  };
+  // The vectors at the right edge reach into the next row; what they hold
+  // there is dropped. The last of them would reach past the end.
+  int64_t inside = n;
+  while (inside > 0 && rows + (inside - 1) * d + k + columns > rows_end) {
+    --inside;
+  }
+  for (int64_t i = 0; i < inside; ++i) {
+    prefetch_below(rows + i * d + k, d, columns);
+    add(rows + i * d + k);
+  }
+  for (int64_t i = inside; i < n; ++i) {
+    T values[columns];
+    for (int64_t v = 0; v < columns; v += lanes<T>) {
+      store(values + v, load_before(rows + i * d + k + v, rows_end));
+    }
+    add(values);
+  }
+  const int64_t width = d - k < columns ? d - k : columns;
+  for (int64_t j = 0; j < width; ++j) {
+    const int64_t v = j / lanes<T>;
+    const T lowest = lows[v][j % lanes<T>];
+    const T highest = highs[v][j % lanes<T>];
+    sum[k + j] += sums[j / lanes<double>][j % lanes<double>];
+    low[k + j] = lowest < low[k + j] ? lowest : low[k + j];
+    high[k + j] = highest > high[k + j] ? highest : high[k + j];
+  }
+}
+
 template <typename T>
 void column_stats(
     const T* rows,
@@ -28,40 +101,12 @@ void column_stats(
     double* sum,
     T* low,
     T* high) {
-  constexpr int halves = sizeof(double) / sizeof(T);
-  // The vectors at the right edge reach into the next row; what they hold
-  // there is dropped. The last of them would reach past the end.
-  for (int64_t k = 0; k < d; k += lanes<T>) {
-    Vec<double> sums[halves] = {};
-    Vec<T> lows = load_before(rows + k, rows_end);
-    Vec<T> highs = lows;
-    const auto add = [&](const T* values) KDCI_ALWAYS_INLINE {
-      const Vec<T> value = load(values);
-      lows = value < lows ? value : lows;
-      highs = value > highs ? value : highs;
-#pragma GCC unroll 2
-      for (int h = 0; h < halves; ++h) {
-        sums[h] += widen(values + h * lanes<double>);
-      }
-    };
-    int64_t inside = n;
-    while (inside > 0 && rows + (inside - 1) * d + k + lanes<T> > rows_end) {
-      --inside;
-    }
-    for (int64_t i = 0; i < inside; ++i) {
-      add(rows + i * d + k);
-    }
-    for (int64_t i = inside; i < n; ++i) {
-      T values[lanes<T>];
-      store(values, load_before(rows + i * d + k, rows_end));
-      add(values);
-    }
-    const int64_t width = d - k < lanes<T> ? d - k : lanes<T>;
-    for (int64_t j = 0; j < width; ++j) {
-      sum[k + j] += sums[j / lanes<double>][j % lanes<double>];
-      low[k + j] = lows[j] < low[k + j] ? lows[j] : low[k + j];
-      high[k + j] = highs[j] > high[k + j] ? highs[j] : high[k + j];
-    }
+  int64_t k = 0;
+  for (; k + 4 * lanes<T> <= d; k += 4 * lanes<T>) {
+    vector_stats<4>(rows, n, d, rows_end, k, sum, low, high);
+  }
+  for (; k < d; k += lanes<T>) {
+    vector_stats<1>(rows, n, d, rows_end, k, sum, low, high);
   }
 }
 
@@ -162,6 +207,7 @@ void add_rows(
     double* __restrict sums) {
   for (int64_t i = 0; i < n; ++i) {
     double* sum = sums + labels[i] * d;
+    prefetch_below(rows + i * d + first, d, last - first);
     for (int64_t k = first; k < last; ++k) {
       sum[k] += rows[i * d + k];
     }

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study: what its file may say, that its runs are made once each, and what the table says."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tiny_task import METHOD_SETTINGS, make_task
+
+from python_models.cli import main
+from python_models.config import StudyConfig, flatten, study_paths
+from python_models.errors import UserError
+from python_models.study import StudyResult, load_study, paired_difference, run_study
+from python_models.study.folder import StudyFolder
+from python_models.study.table import markdown, results, table
+
+VARIANTS = {"vanilla": {"kdci": False}, "kdci": {"kdci": True, "kdci_prototypes": 3}}
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """Write a task and a study of it: a teacher of its own, Noise, two variants, two seeds."""
+    task = make_task(folder)
+    common = {k: task[k] for k in ("student", "batch_size", "epochs", "lr", "kdci_hidden_dim")}
+    teacher = {
+        "network": "lenet5_half_bn",
+        "dataset": "labelled.npz",
+        "epochs": 1,
+        "crop": 0,
+        "flip": False,
+        "batch_size": 10,
+        "device": "cpu",
+    }
+    study = {
+        "about": "a tiny study",
+        "seeds": [0, 1],
+        "settings": {**common, "teacher": "own", "dataset": "labelled.npz", "device": "cpu"},
+        "teachers": {"own": teacher},
+        "methods": {"noise": {"method": "noise", **METHOD_SETTINGS["noise"]}},
+        "variants": VARIANTS,
+        **changes,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return path
+
+
+def config_of(path: Path, out: str = "out", **values: Any) -> StudyConfig:
+    return StudyConfig(
+        study=str(path),
+        out_dir=path.parent / out,
+        data_root=path.parent / "data",
+        **{"jobs": 1, **values},
+    )
+
+
+def begun(folder: Path) -> dict[str, int]:
+    """Return how often each run's loop was entered, by what it printed."""
+    logs = sorted((folder / "runs").rglob("log.txt"))
+    return {str(log.parent): log.read_text().count("teacher: ") for log in logs}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, StudyResult]:
+    """A study that ran through without a stop."""
+    config = config_of(write_study(tmp_path_factory.mktemp("study")))
+    return config, run_study(config)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", study_paths())
+def test_shipped_studies_are_valid(name: str) -> None:
+    """Each has a line about it and its source, pairs that differ in KDCI alone, and one baseline
+    run for each seed.
+    """
+    study = load_study(name)
+    values = yaml.safe_load(study_paths()[name].read_text())
+    assert values["about"]
+    assert values["source"]
+    assert study.baseline == "vanilla"
+    for cells in study.entries.values():
+        by_seed: dict[int, Any] = {}
+        for cell in cells:
+            if cell.variant == "vanilla":
+                assert cell.seed not in by_seed
+                by_seed[cell.seed] = flatten(cell.config)
+        for cell in cells:
+            mine = flatten(cell.config)
+            differing = {k for k, v in mine.items() if v != by_seed[cell.seed][k]}
+            assert all(key.startswith("kdci") for key in differing)
+            assert (mine["kdci"] is False) == (cell.variant == "vanilla")
+            assert cell.config.task.teacher in study.teachers or name == "imagenet"
+
+
+def test_the_zoo_has_every_method_and_floors_for_it() -> None:
+    from python_models.methods import METHODS
+
+    cells = load_study("zoo").cells
+    assert {cell.config.method for cell in cells} == set(METHODS.names()) - {"noise"}
+    assert all(cell.floor is not None and cell.floor > 50 for cell in cells)
+    assert len(load_study("mini").cells) == 6 * 2 * 5
+
+
+def test_the_later_of_settings_task_method_and_variant_wins(tmp_path: Path) -> None:
+    path = write_study(
+        tmp_path,
+        tasks={"a": {"lr": 0.2, "epochs": 3, "temperature": 2.0}},
+        methods={"m": {"preset": "demo-fashion", "epochs": 4, "temperature": 3.0, "floor": 7}},
+        variants={"first": {"temperature": 5.0}, "second": {}},
+    )
+    first, second, *others = load_study(str(path)).cells
+    training = first.config.training
+    assert (training.lr, training.epochs, training.temperature) == (0.2, 4, 5.0)
+    assert second.config.training.temperature == 3.0
+    assert first.config.settings.generator == "generator_tiny"  # of the preset
+    assert [c.path for c in (first, second)] == ["a/m/first-seed0", "a/m/second-seed0"]
+    assert [cell.seed for cell in others] == [1, 1]
+    assert (first.floor, first.entry) == (7.0, "a/m")
+
+
+BROKEN = {
+    "unknown key": ({"seedz": [1]}, "unknown key 'seedz': did you mean 'seeds'"),
+    "unknown setting": ({"settings": {"lrr": 1}}, "settings: unknown setting 'lrr'"),
+    "of the study": ({"settings": {"seed": 1}}, "settings: seed is not for a study file: give"),
+    "wrong type": (
+        {"variants": {"vanilla": {"kdci": "no way"}}},
+        "variants: vanilla: kdci='no way' must be true or false",
+    ),
+    "preset": ({"methods": {"m": {"preset": "dmo"}}}, "methods: m: unknown preset 'dmo'"),
+    "method": ({"methods": {"m": {"method": "fats"}}}, "methods: m: unknown.*'fast'"),
+    "neither": ({"methods": {"m": {}}}, "methods: m: must give a `preset` or a `method`"),
+    "student": (
+        {"methods": {"m": {"method": "fast", "student": "lenet6"}}},
+        "m vanilla: unknown network 'lenet6'",
+    ),
+    "value": (
+        {"methods": {"m": {"method": "fast", "temperature": 0}}},
+        "m vanilla: temperature=0.0 must be > 0",
+    ),
+    "seeds": ({"seeds": [0, 0]}, "seeds: names a seed twice"),
+    "seed": ({"seeds": [True]}, "seeds: True must be a whole number"),
+    "no seeds": ({"seeds": 3}, "seeds: must be a list"),
+    "name": ({"methods": {"a/b": {"method": "fast"}}}, "methods: the name 'a/b' must be"),
+    "case": (
+        {"methods": {"a": {"method": "fast"}, "A": {"method": "fast"}}},
+        "'a' and 'A' differ in case alone",
+    ),
+    "floor": (
+        {"methods": {"m": {"method": "fast", "floor": 101}}},
+        "methods: m: floor=101 must be an accuracy in percent",
+    ),
+    "floor of": (
+        {"methods": {"m": {"method": "fast", "floor": {"kdcii": 1}}}},
+        "floor: unknown variant 'kdcii'",
+    ),
+    "chosen": (
+        {"methods": {"m": {"method": "fast", "variants": ["kdci"]}}},
+        "methods: m: variants must keep the baseline, 'vanilla'",
+    ),
+    "misplaced": (
+        {"variants": {"a": {"preset": "demo-fashion"}}},
+        "variants: a: preset belongs to `methods`",
+    ),
+    "teacher": ({"teachers": {"t": {"network": "lenet5"}}}, "teachers: t: dataset is required"),
+    "teacher key": (
+        {"teachers": {"t": {"dataset": "digits", "lrr": 1}}},
+        "teachers: t: unknown setting 'lrr'",
+    ),
+    "list": ({"methods": ["fast"]}, "methods: must hold lines of the form"),
+    "nothing": ({"methods": {}}, "methods: must name at least one"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_studies_are_refused_with_file_and_key(kind: str, tmp_path: Path) -> None:
+    changes, message = BROKEN[kind]
+    path = write_study(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_study(str(path))
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_a_name_given_twice_and_missing_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("seeds: [0]\nmethods:\n  a: {method: fast}\n  a: {method: dafl}\n")
+    with pytest.raises(UserError, match="line 4: 'a' is given twice"):
+        load_study(str(path))
+    assert main(["study", "mimi"]) == 2
+    assert "unknown study 'mimi': did you mean 'mini'" in capsys.readouterr().err
+    assert main(["study", str(tmp_path / "gone.yaml")]) == 2
+    assert "gone.yaml is not there" in capsys.readouterr().err
+    assert main(["list", "studies"]) == 0
+    assert "lenet-mnist" in capsys.readouterr().out
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def test_a_study_runs_every_cell_and_writes_its_results(
+    finished: tuple[StudyConfig, StudyResult],
+) -> None:
+    result = finished[1]
+    assert result.problems == ()
+    out = result.folder
+    assert list(begun(out).values()) == [1, 1, 1, 1]
+    header, *rows = (out / "results.csv").read_text().splitlines()
+    assert header.startswith("study,entry,method,variant,teacher,student,dataset,seed,accuracy,")
+    assert [row.split(",")[:4] for row in rows] == [
+        ["tiny", "noise", "noise", variant] for variant in ("vanilla", "kdci") * 2
+    ]
+    for row, seed in zip(rows, "0011", strict=True):
+        assert row.split(",")[7] == seed
+    seconds = (out / "timings.csv").read_text()
+    assert "seconds,peak_memory_mb" in seconds
+    assert (out / "table.md").read_text() == result.text
+    for name in ("differences.png", "curves.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not (out / "sizes.png").exists()  # a single size
+    vanilla, kdci = result.lines
+    assert vanilla.difference is None
+    assert kdci.difference is not None
+    expected = np.mean(kdci.accuracies) - np.mean(vanilla.accuracies)
+    assert kdci.difference.mean == pytest.approx(expected)
+
+
+def test_what_is_done_is_not_done_again(
+    finished: tuple[StudyConfig, StudyResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, result = finished
+    before = (result.folder / "results.csv").read_bytes()
+    again = run_study(config)
+    assert "5 to train, 5 done" in capsys.readouterr().out
+    assert again.lines == result.lines
+    assert (result.folder / "results.csv").read_bytes() == before
+    assert list(begun(result.folder).values()) == [1, 1, 1, 1]
+
+
+def run_command(config: StudyConfig, **values: Any) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "python_models", "study", config.study, "--jobs", "1"]
+    words += ["--out-dir", str(config.out_dir), "--data-root", str(config.data_root)]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **values
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the process's descendants, by /proc."""
+    found = []
+    for entry in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, entry.read_text().split()):
+            found += [child, *children_of(child)]
+    return found
+
+
+def test_a_killed_study_goes_on_to_the_same_csv(
+    finished: tuple[StudyConfig, StudyResult],
+) -> None:
+    """SIGKILL to the command, its worker and the run in progress: locks are free at once, and the
+    results are those of the study that was not stopped, byte for byte.
+    """
+    config, result = finished
+    config = replace(config, out_dir=result.folder.parent / "killed")
+    assert config.out_dir is not None
+    process = run_command(config)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "noise kdci seed 0: begun" in line:
+            break
+    checkpoint = config.out_dir / "runs/noise/kdci-seed0/config.yaml"
+    deadline = time.monotonic() + 30
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for pid in [process.pid, *children_of(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (config.out_dir / "runs/noise/kdci-seed1").exists()
+    assert run_study(config).problems == ()
+    for name in ("results.csv", "table.md"):
+        assert (config.out_dir / name).read_bytes() == (result.folder / name).read_bytes()
+
+
+def test_two_processes_never_do_one_run_twice(
+    finished: tuple[StudyConfig, StudyResult],
+) -> None:
+    config, result = finished
+    config = replace(config, out_dir=result.folder.parent / "shared")
+    assert config.out_dir is not None
+    processes = [run_command(config) for _ in range(2)]
+    texts = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    assert list(begun(config.out_dir).values()) == [1, 1, 1, 1]
+    assert "".join(texts).count(": begun") == 5
+    for name in ("results.csv", "table.md"):
+        assert (config.out_dir / name).read_bytes() == (result.folder / name).read_bytes()
+
+
+def test_a_job_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
+    config = config_of(write_study(tmp_path))
+    folder = StudyFolder(load_study(config.study), config)
+    job = folder.jobs[0]
+    with job.locked() as first, job.locked() as second:
+        assert (first, second) == (True, False)
+    with job.locked() as again:
+        assert again
+
+
+def test_a_failing_run_does_not_stop_the_others_and_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named with its reason, and the exit code is 1; floors that are missed as well."""
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"]}
+    methods = {
+        "broken": {**noise, "variants": ["vanilla"], "student": "nowhere.at.all:Network"},
+        "noise": {**noise, "floor": {"vanilla": 0, "kdci": 100}},
+    }
+    path = write_study(tmp_path, methods=methods, seeds=[0])
+    words = ["study", str(path), "--out-dir", str(tmp_path / "out"), "--jobs", "1"]
+    words += ["--data-root", str(tmp_path / "data")]
+    assert main(words) == 1
+    text, error = capsys.readouterr()
+    assert "broken vanilla seed 0: " in error
+    assert "nowhere" in error
+    assert "noise kdci: " in error
+    assert "is below the floor of 100 %" in error
+    assert "0: met" in text
+    assert "100: missed" in text
+    assert "one pair" in text
+    rows = (tmp_path / "out" / "results.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[3] for row in rows] == ["vanilla", "kdci"]
+    record = tmp_path / "out" / "runs/broken/vanilla-seed0/failed.json"
+    assert "nowhere" in json.loads(record.read_text())["reason"]
+
+
+def test_runs_of_other_settings_are_refused_not_mixed(
+    finished: tuple[StudyConfig, StudyResult], tmp_path: Path
+) -> None:
+    """Where the study's file or a teacher has changed since, the run is named and left out."""
+    config, result = finished
+    values = yaml.safe_load(Path(config.study).read_text())
+    values["variants"]["kdci"]["kdci_scale"] = 2.0
+    changed = Path(config.study).parent / "changed.yaml"
+    changed.write_text(yaml.safe_dump(values, sort_keys=False))
+    found = run_study(replace(config, study=str(changed)))
+    assert len(found.problems) == 2
+    assert "kdci seed 0: " in found.problems[0]
+    assert "kdci_scale was 1.0 and is 2.0 now" in found.problems[0]
+    assert [len(line.accuracies) for line in found.lines] == [2, 0]
+    assert list(begun(result.folder).values()) == [1, 1, 1, 1]
+    folder = StudyFolder(load_study(config.study), config)
+    assert len(results(folder)) == 4
+    teacher = folder.teachers["own"].path / "teacher.safetensors"
+    before = teacher.read_bytes()
+    teacher.write_bytes(before + b" ")
+    try:
+        assert results(folder) == []
+        reason = folder.why_not(next(iter(folder.runs.values())))
+        assert reason is not None
+        assert "the teacher's weights are others now" in reason
+    finally:
+        teacher.write_bytes(before)
+    run_study(config)  # restores the files of the module's study
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students_over_the_pairs() -> None:
+    """Against the printed quantiles of t (4.303 for 2, 2.776 for 4 degrees of freedom) and scipy's
+    paired test.
+    """
+    from scipy.stats import ttest_rel
+
+    three = paired_difference([1.0, 2.0, 3.0])
+    assert three.half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    random = np.random.default_rng(0)
+    a, b = random.normal(80, 2, 5), random.normal(81, 2, 5)
+    found = paired_difference((b - a).tolist())
+    interval = ttest_rel(b, a).confidence_interval(0.95)
+    assert found.half_width is not None
+    assert found.mean - found.half_width == pytest.approx(interval.low)
+    assert found.mean + found.half_width == pytest.approx(interval.high)
+    spread = float(np.std(b - a, ddof=1))
+    assert found.half_width == pytest.approx(2.776 * spread / math.sqrt(5), rel=1e-3)
+
+
+def test_signs_and_single_pairs() -> None:
+    found = paired_difference([0.5, 0.0, -1.0, 2.0])
+    assert (found.better, found.worse, found.pairs) == (2, 1, 4)
+    assert paired_difference([1.5]).half_width is None
+
+
+def test_pairs_are_of_the_same_seed(tmp_path: Path) -> None:
+    """A seed that only one variant has finished counts for its mean, not for the difference."""
+    config = config_of(write_study(tmp_path, seeds=[3, 5, 7]))
+    folder = StudyFolder(load_study(config.study), config)
+    accuracy = {("vanilla", 3): 50.0, ("kdci", 3): 51.0, ("kdci", 5): 90.0, ("vanilla", 7): 60.0}
+    accuracy["kdci", 7] = 57.0
+    rows = [
+        {"entry": "noise", "variant": variant, "seed": seed, "accuracy": value}
+        for (variant, seed), value in accuracy.items()
+    ]
+    vanilla, kdci = table(folder, rows)
+    assert (vanilla.mean, kdci.mean) == (55.0, 66.0)
+    assert kdci.difference is not None
+    assert (kdci.difference.mean, kdci.difference.pairs) == (-1.0, 2)
+    text = markdown(folder, [vanilla, kdci])
+    assert "2 of 3" in text
+    assert "-26.41 to +24.41" in text  # -1 +- 12.706 * sqrt(8) / sqrt(2)
