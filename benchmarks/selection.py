@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import memory
 from benchmarks import threads as pools
-from python_models.methods.dfnd import select_confident
+from python_models.selection import select_images
 
 FILES = 1_000_000
 QUICK_FILES = 100_000
@@ -88,7 +88,7 @@ def _prepare(files: int, classes: int, select: int, threads: int) -> Callable[[]
                 yield positions, logits
 
         start = clock()
-        select_confident(stream(), select, classes)
+        select_images(stream(), select, classes, "highest confidence")
         return clock() - start - making
 
     run(4 * BATCH, BATCH)

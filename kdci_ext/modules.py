@@ -244,7 +244,7 @@ class KDCI(nn.Module):
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is a dictionary: one was built, or loaded with the ``state_dict``."""
+        """Whether there is a dictionary, built or loaded with the ``state_dict``."""
         return self._ready
 
     @torch.no_grad()

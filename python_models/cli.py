@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from python_models.config import (
     Arguments,
@@ -38,6 +38,9 @@ from python_models.errors import (
     UserError,
     unknown_name,
 )
+
+if TYPE_CHECKING:
+    from python_models.methods.base import Method
 
 SettingsT = TypeVar("SettingsT")
 ConfigT = TypeVar("ConfigT")
@@ -348,14 +351,19 @@ def _entries(kind: str) -> list[tuple[str, str]]:
     if kind == "methods":
         from python_models.methods import METHODS
 
-        return [(name, METHODS.get(name).summary) for name in METHODS.names()]
+        methods = [(name, METHODS.get(name)) for name in METHODS.names()]
+        return [(name, f"{method.summary}{_needs(method)}") for name, method in methods]
     if kind == "datasets":
         from python_models.data import DATASETS
 
         specs = [DATASETS.get(name) for name in DATASETS.names()]
         return [
-            (s.name, f"{s.num_classes} classes, {s.channels}x{s.image_size}x{s.image_size}")
-            for s in specs
+            *(
+                (s.name, f"{s.num_classes} classes, {s.channels}x{s.image_size}x{s.image_size}")
+                for s in specs
+            ),
+            ("FOLDER", "any images in train/CLASS/ and test/CLASS/ (or val/CLASS/)"),
+            ("NAME.npz", "NAME_train.npz and NAME_test.npz: images [n, h, w(, c)] uint8, labels"),
         ]
     from python_models.networks import DISCRIMINATORS, GENERATORS, NETWORKS
 
@@ -366,6 +374,21 @@ def _entries(kind: str) -> list[tuple[str, str]]:
     }
     registry = registries[kind]
     return [(name, _first_line(registry.get(name))) for name in registry.names()]
+
+
+def _needs(method: type[Method[Any]]) -> str:
+    """Return what a method needs beside the networks' logits."""
+    needs = []
+    if method.needs_batch_norm:
+        needs.append("BatchNorm in the teacher")
+    if method.needs_features:
+        networks = " and ".join(method.needs_features)
+        needs.append(f"the vector before the last layer of the {networks}")
+    if method.needs_unlabelled:
+        needs.append("unlabelled images")
+    if method.needs_labels:
+        needs.append("labelled images")
+    return f" [needs {', '.join(needs)}]" if needs else ""
 
 
 def _first_line(thing: object) -> str:

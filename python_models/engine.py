@@ -382,7 +382,7 @@ class Distillation:
         if features is None:
             return
         if self.dictionary_model is not None:
-            chunks = torch.split(self.method.images, DICTIONARY_BATCH)
+            chunks = torch.split(self.method.dictionary_images(), DICTIONARY_BATCH)
             batches = (Batch(to_float(chunk.to(self.device))) for chunk in chunks)
             features = torch.cat([self._dictionary_features(batch) for batch in batches])
         self._update_dictionary(features)

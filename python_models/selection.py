@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOM = 2**20
@@ -101,3 +105,58 @@ class TopRows:
             part = rows[:, column : column + COLUMNS]
             part.copy_(part[order])
         return values, positions, rows
+
+
+Ranking = Literal["highest confidence", "lowest confidence", "highest entropy"]
+"""Which images are the best: by ``max p``, or by ``-sum_c p log p`` with ``p = softmax(t)``."""
+
+_SCORES: dict[Ranking, Callable[[Tensor], Tensor]] = {
+    "highest confidence": lambda log_p: log_p.amax(1),
+    "lowest confidence": lambda log_p: -log_p.amax(1),
+    "highest entropy": lambda log_p: -(log_p.exp() * log_p).sum(1),
+}
+
+
+class Selection(NamedTuple):
+    """What was selected from a stream.
+
+    Attributes:
+        indices: Positions in the stream, int64 ``[n]`` on the CPU, the best first.
+        logits: Theirs, float32 ``[n, c]`` on the CPU.
+        confidence: The teacher's mean confidence on all images of the stream.
+    """
+
+    indices: Tensor
+    logits: Tensor
+    confidence: float
+
+
+@torch.no_grad()
+def select_images(
+    stream: Iterable[tuple[Tensor, Tensor]], count: int, num_classes: int, by: Ranking
+) -> Selection:
+    """Select images by a teacher's logits, in one pass with bounded memory.
+
+    Only the kept positions, scores and logits are in memory, and a sixteenth as many besides.
+
+    Args:
+        stream: Positions, int64 ``[b]``, ascending, and the teacher's logits ``[b, c]``; read once.
+        count: Number of images to select.
+        num_classes: Number of logits ``c``.
+        by: What makes an image a good one.
+
+    Returns:
+        The ``n <= count`` best images, of equals the earlier one. An image whose logits are NaN is
+        none of them, and has the confidence 0.
+    """
+    top = TopRows(count, num_classes)
+    seen = 0
+    total = torch.zeros((), dtype=torch.float64)
+    for positions, logits in stream:
+        log_p = F.log_softmax(logits.float(), dim=1)
+        confidence = log_p.amax(1).cpu().double().exp()
+        total += confidence.nan_to_num(nan=0.0).sum()
+        seen += len(positions)
+        top.add(_SCORES[by](log_p), positions, logits)
+    _, indices, rows = top.result()
+    return Selection(indices, rows, (total / max(seen, 1)).item())

@@ -2,6 +2,7 @@
 """Loss terms once more, in plain loops and float64, for the tests of methods that use them."""
 
 import math
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +10,15 @@ from torch import Tensor, nn
 from python_models.engine import Distillation
 
 
-def probabilities(row: Tensor, temperature: float = 1.0) -> list[float]:
+def probabilities(row: Tensor | Sequence[float], temperature: float = 1.0) -> list[float]:
     """Softmax of one row of logits."""
-    weights = [math.exp(float(x) / temperature) for x in row.detach()]
+    weights = [math.exp(float(x) / temperature) for x in row]
     return [w / sum(weights) for w in weights]
+
+
+def dot(x: Sequence[float], y: Sequence[float]) -> float:
+    """Inner product."""
+    return sum(i * j for i, j in zip(x, y, strict=True))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> float:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import dot, probabilities
 from tiny_task import CLASSES, make_task, rebuild, tiny_config
+from tiny_task import start as start_run
 from torch import Tensor
 
 from python_models.data import load_labelled, to_float
@@ -17,7 +19,6 @@ from python_models.errors import UserError
 from python_models.evaluate import accuracy
 from python_models.losses import class_representation_loss, kd_divergence, normalised_mse_loss
 from python_models.methods.cid import CID, LabelledBatch
-from python_models.teacher import load_network
 
 FORMS = ["code", "paper"]
 LABELS = torch.tensor([0, 1, 0, 2, 2, 0, 1, 3])
@@ -31,9 +32,7 @@ def task(tmp_path: Path) -> dict[str, Any]:
 
 def start(task: dict[str, Any], **values: Any) -> tuple[Distillation, CID]:
     """Return a run in float64, with its method."""
-    config = tiny_config(task, "cid", kdci=False, **values)
-    assert config.task.teacher is not None
-    run = Distillation(config, load_network(config.task.teacher, None, None), torch.device("cpu"))
+    run = start_run(task, "cid", **{"kdci": False, **values})
     method = run.method
     assert isinstance(method, CID)
     for module in (run.teacher, run.deployed, method.transform):
@@ -58,15 +57,7 @@ def random_batch(run: Distillation, labels: Tensor, seed: int = 0) -> LabelledBa
     return LabelledBatch(images, logits, labels, features)
 
 
-def softmax(row: Tensor, temperature: float = 1.0) -> list[float]:
-    weights = [math.exp(x / temperature) for x in row.tolist()]
-    return [w / sum(weights) for w in weights]
-
-
 def cosine(a: list[float], b: list[float]) -> float:
-    def dot(x: list[float], y: list[float]) -> float:
-        return sum(i * j for i, j in zip(x, y, strict=True))
-
     return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
 
@@ -109,19 +100,16 @@ def test_every_term_of_a_step(form: str, task: dict[str, Any]) -> None:
     expected["inv"] = 0.0
     weight, bias = method.network.head.weight.tolist(), method.network.head.bias.tolist()
     for i in range(b):
-        q, r = softmax(batch.teacher_logits[i], 4), softmax(logits[i], 4)
+        q, r = probabilities(batch.teacher_logits[i], 4), probabilities(logits[i], 4)
         expected["kd"] += 16 / b * sum(x * math.log(x / y) for x, y in zip(q, r, strict=True))
         g = batch.teacher_features[i].tolist()
         distance = sum((x - y) ** 2 for x, y in zip(mapped[i].tolist(), g, strict=True))
         expected["sr"] += 0.3 / b * distance / sum(y * y for y in g)
-        a = softmax(logits[i], 3)
+        a = probabilities(logits[i], 3)
         mean = [sum(a[k] * context[k, d].item() for k in range(CLASSES)) for d in range(42)]
         both = features[i].tolist() + mean
-        scores = [
-            sum(w * x for w, x in zip(weight[k], both, strict=True)) + bias[k]
-            for k in range(CLASSES)
-        ]
-        certainty = softmax(torch.tensor(scores, dtype=torch.float64))
+        scores = [dot(weight[k], both) + bias[k] for k in range(CLASSES)]
+        certainty = probabilities(scores)
         expected["inv"] -= math.log(certainty[int(LABELS[i])]) / b
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -162,7 +150,7 @@ def test_the_context_matrix_in_a_plain_loop(form: str, task: dict[str, Any]) -> 
             method.student_losses(batch, kd_divergence)
             features = run.student.features(batch.images).tolist()
             for f, t, y in zip(features, batch.teacher_logits, labels.tolist(), strict=True):
-                w = softmax(t, 3.0 if form == "code" else 1.0)[y]
+                w = probabilities(t, 3.0 if form == "code" else 1.0)[y]
                 weights[y] += w
                 sums[y] = [s + w * x for s, x in zip(sums[y], f, strict=True)]
         method.begin_epoch(index + 1)
@@ -242,9 +230,7 @@ def test_kdci_compensates_the_students_own_logits(task: dict[str, Any]) -> None:
     """The divergence takes S + F; all other terms are those of the vanilla twin."""
     terms = {}
     for kdci in (True, False):
-        config = tiny_config(task, "cid", kdci=kdci, temperature=2.5)
-        teacher = load_network(str(config.task.teacher), None, None)
-        run = Distillation(config, teacher, torch.device("cpu"))
+        run = start_run(task, "cid", kdci=kdci, temperature=2.5)
         run.prepare()
         method = run.method
         assert isinstance(method, CID)
@@ -264,10 +250,7 @@ def test_kdci_compensates_the_students_own_logits(task: dict[str, Any]) -> None:
 
 
 def test_the_dictionary_is_built_from_all_training_images(task: dict[str, Any]) -> None:
-    config = tiny_config(task, "cid")
-    run = Distillation(
-        config, load_network(str(config.task.teacher), None, None), torch.device("cpu")
-    )
+    run = start_run(task, "cid")
     features = run.method.prepare()
     images = load_labelled("labelled.npz", "train", task["data_root"]).images
     torch.testing.assert_close(features, run.teacher(to_float(images)))

@@ -13,6 +13,7 @@ from tiny_task import METHOD_SETTINGS, make_task
 
 from python_models.cli import main
 from python_models.config import read_settings
+from python_models.methods import METHODS
 from python_models.networks import build_network
 
 
@@ -97,6 +98,18 @@ def test_list(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
         "presets": "demo-fashion",
     }
     assert known[kind] in one
+
+
+def test_the_list_of_methods_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(METHODS)
+    for name, line in lines.items():
+        method = METHODS.get(name)
+        assert ("BatchNorm in the teacher" in line) == method.needs_batch_norm
+        assert ("unlabelled images]" in line) == method.needs_unlabelled
+        assert ("labelled images]" in line) == (method.needs_unlabelled or method.needs_labels)
+        assert ("before the last layer" in line) == bool(method.needs_features)
 
 
 def test_distill_then_evaluate(

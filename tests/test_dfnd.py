@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_task import CLASSES, make_task, tiny_config
+from tiny_task import CLASSES, make_task
+from tiny_task import start as start_run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,10 +21,9 @@ from benchmarks import selection
 from python_models.data import open_unlabelled, to_float
 from python_models.engine import Distillation
 from python_models.errors import UserError
-from python_models.methods import dfnd
-from python_models.methods.dfnd import select_confident
-from python_models.selection import ROOM, TopRows
-from python_models.teacher import load_network
+from python_models.methods import sampling
+from python_models.methods.sampling import RandomOrder
+from python_models.selection import ROOM, Ranking, TopRows, select_images
 
 
 @pytest.fixture
@@ -32,9 +32,7 @@ def task(tmp_path: Path) -> dict[str, Any]:
 
 
 def start(task: dict[str, Any], **values: Any) -> Distillation:
-    config = tiny_config(task, "dfnd", **values)
-    assert config.task.teacher is not None
-    return Distillation(config, load_network(config.task.teacher, None, None), torch.device("cpu"))
+    return start_run(task, "dfnd", **values)
 
 
 # --- the best rows of a stream -----------------------------------------------------------------
@@ -137,7 +135,7 @@ def peak_of_selection(files: int, count: int, classes: int) -> int:
 
     gc.collect()
     with LiveMemory() as memory:
-        found = select_confident(stream(), count, classes)
+        found = select_images(stream(), count, classes, "highest confidence")
         assert len(found.indices) == count
     return memory.peak
 
@@ -166,38 +164,41 @@ def test_the_benchmark_measures_a_selection_in_a_process_of_its_own() -> None:
         assert "(< 200 [yes])" in text
 
 
-class Confident(nn.Module):
-    """Logits that grow with the image's mean."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        level = images.mean((1, 2, 3))
-        return torch.stack([4 * level, 1 - level], dim=1)
+RANKINGS: list[Ranking] = ["highest confidence", "lowest confidence", "highest entropy"]
 
 
+@pytest.mark.parametrize("by", RANKINGS)
 @pytest.mark.parametrize("count", [1, 7, 20, 100])
-def test_selection_is_that_of_the_whole_sorted_set(count: int) -> None:
-    images = torch.randint(0, 256, (41, 1, 4, 4), dtype=torch.uint8)
-    images[30] = images[3]
-    logits = Confident()(to_float(images))
-    confidence = logits.softmax(1).amax(1)
+def test_selection_is_that_of_the_whole_sorted_set(count: int, by: Ranking) -> None:
+    """Three classes, so that entropy and confidence rank images differently."""
+    logits = 2 * torch.randn(41, 3, generator=torch.Generator().manual_seed(0))
+    logits[30] = logits[3]
+    p = logits.softmax(1)
+    confidence = p.amax(1)
+    worth = {
+        "highest confidence": confidence,
+        "lowest confidence": -confidence,
+        "highest entropy": -(p * p.log()).sum(1),
+    }[by]
     stream = zip(torch.split(torch.arange(41), 5), torch.split(logits, 5), strict=True)
-    found = select_confident(stream, count, 2)
-    order = sorted(range(41), key=lambda i: (-confidence[i].item(), i))
+    found = select_images(stream, count, 3, by)
+    order = sorted(range(41), key=lambda i: (-worth[i].item(), i))
     assert found.indices.tolist() == order[:count]
     torch.testing.assert_close(found.logits, logits[found.indices])
     assert found.confidence == pytest.approx(confidence.mean().item(), rel=1e-5)
 
 
-def test_selection_leaves_out_images_without_a_confidence() -> None:
+@pytest.mark.parametrize("by", RANKINGS)
+def test_selection_leaves_out_images_without_a_confidence(by: Ranking) -> None:
     """NaN is no certainty: it neither is kept nor spoils the mean."""
     logits = torch.randn(9, 3)
     logits[:2] = torch.nan
     logits[2, 0] = torch.inf  # its softmax is NaN
-    found = select_confident([(torch.arange(9), logits)], 8, 3)
+    found = select_images([(torch.arange(9), logits)], 8, 3, by)
     assert sorted(found.indices.tolist()) == list(range(3, 9))
     expected = logits[3:].softmax(1).amax(1).sum() / 9
     assert found.confidence == pytest.approx(expected.item(), rel=1e-6)
-    empty = select_confident([], 8, 3)
+    empty = select_images([], 8, 3, by)
     assert (len(empty.indices), empty.logits.shape, empty.confidence) == (0, (0, 3), 0.0)
 
 
@@ -309,10 +310,10 @@ def test_the_terms_of_a_step_by_hand(
 def test_images_that_no_memory_holds_are_refused_before_the_selection(
     task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dfnd.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(sampling.os, "sysconf", lambda name: 100)
     with pytest.raises(UserError, match=r"select=30: 30 images of \[1, 32, 32\] take .* GiB, but"):
         start(task)
-    monkeypatch.setattr(dfnd.os, "sysconf", lambda name: 1000)
+    monkeypatch.setattr(sampling.os, "sysconf", lambda name: 1000)
     start(task)
 
 
@@ -343,6 +344,16 @@ def test_dfnd_goes_through_its_images_without_repetition(task: dict[str, Any]) -
     expected = to_float(run.method.images)  # type: ignore[attr-defined]
     assert torch.equal(seen.flatten(1).sum(1).sort()[0], expected.flatten(1).sum(1).sort()[0])
     assert run.steps_per_epoch == 3
+
+
+def test_an_order_shows_every_row_once_a_pass() -> None:
+    order = RandomOrder(torch.Generator().manual_seed(0), torch.device("cpu"))
+    order.reset(23)
+    passes = [torch.cat([order.take(5) for _ in range(4)]) for _ in range(2)]
+    assert all(len(set(positions.tolist())) == 20 for positions in passes)
+    assert passes[0].tolist() != passes[1].tolist()
+    order.reset(3)
+    assert sorted(order.take(7)[:6].tolist()) == [0, 0, 1, 1, 2, 2]
 
 
 def test_sampling_needs_images(task: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import dot, probabilities
 from tiny_task import CLASSES, make_task, rebuild, tiny_config
+from tiny_task import start as start_run
 from torch import Tensor, nn
 
 from python_models.data import load_labelled, to_float
@@ -40,20 +42,9 @@ def convolutional(tmp_path: Path) -> dict[str, Any]:
 
 def start(task: dict[str, Any], **values: Any) -> tuple[Distillation, KD3]:
     """Return a run with its method."""
-    config = tiny_config(task, "kd3", **{"kdci": False, **values})
-    assert config.task.teacher is not None
-    run = Distillation(config, load_network(config.task.teacher, None, None), torch.device("cpu"))
+    run = start_run(task, "kd3", **{"kdci": False, **values})
     assert isinstance(run.method, KD3)
     return run, run.method
-
-
-def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
-    weights = [math.exp(x / temperature) for x in row]
-    return [w / sum(weights) for w in weights]
-
-
-def dot(x: list[float], y: list[float]) -> float:
-    return sum(i * j for i, j in zip(x, y, strict=True))
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -105,7 +96,9 @@ def test_every_term_of_a_step(form: Form, student: str, convolutional: dict[str,
         s = [dot(row, ours[i]) + c for row, c in zip(rows, bias, strict=True)]
         t = logits[i].tolist()
         if form == "paper":
-            distance = sum(abs(x - y) for x, y in zip(softmax(s), softmax(t), strict=True))
+            distance = sum(
+                abs(x - y) for x, y in zip(probabilities(s), probabilities(t), strict=True)
+            )
             weight = 1 - 1 / (1 + math.exp(-distance))
         else:
             distance = math.sqrt(sum((x - y) ** 2 for x, y in zip(s, t, strict=True)))
@@ -115,7 +108,7 @@ def test_every_term_of_a_step(form: Form, student: str, convolutional: dict[str,
             f, g = projected[i].flatten().tolist(), maps[i].flatten().tolist()
             pairs = list(zip(f, g, strict=True))
         align += weight * sum((x - y) ** 2 for x, y in pairs) / len(pairs) / 5
-        q, r = softmax(t, 4), softmax(s, 4)
+        q, r = probabilities(t, 4), probabilities(s, 4)
         kd += 16 / 5 * sum(x * math.log(x / y) for x, y in zip(q, r, strict=True))
     both = contrast(method.embeddings["student"], ours, form)
     both += contrast(method.embeddings["teacher"], theirs, form)
@@ -170,9 +163,9 @@ def test_the_students_share_grows_from_almost_none_to_one() -> None:
 def test_probabilities_are_mixed_in_the_paper_and_logits_in_the_code() -> None:
     t, s = [2.0, -1.0, 0.5], [0.0, 3.0, -2.0]
     tensors = [torch.tensor([row], dtype=torch.float64) for row in (t, s)]
-    mixed = [0.7 * p + 0.3 * q for p, q in zip(softmax(t), softmax(s), strict=True)]
+    mixed = [0.7 * p + 0.3 * q for p, q in zip(probabilities(t), probabilities(s), strict=True)]
     assert combine(*tensors, 0.3)[0].tolist() == pytest.approx(mixed, rel=1e-12)
-    mixed = softmax([0.7 * p + 0.3 * q for p, q in zip(t, s, strict=True)])
+    mixed = probabilities([0.7 * p + 0.3 * q for p, q in zip(t, s, strict=True)])
     assert combine(*tensors, 0.3, "code")[0].tolist() == pytest.approx(mixed, rel=1e-12)
 
 
@@ -227,10 +220,10 @@ def test_an_epochs_selection_in_a_plain_loop(form: Form, task: dict[str, Any]) -
     judged = []
     for t, s in zip(teacher, student, strict=True):
         if form == "paper":
-            pairs = zip(softmax(t), softmax(s), strict=True)
+            pairs = zip(probabilities(t), probabilities(s), strict=True)
             c = [(1 - share) * p + share * q for p, q in pairs]
         else:
-            c = softmax([(1 - share) * p + share * q for p, q in zip(t, s, strict=True)])
+            c = probabilities([(1 - share) * p + share * q for p, q in zip(t, s, strict=True)])
         judged.append((max(c), c.index(max(c))))
     counts = [sum(y == k for _, y in judged) for k in range(CLASSES)]
     expected = []

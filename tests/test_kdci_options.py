@@ -75,20 +75,26 @@ def test_a_generators_dictionary_is_the_other_models_logits_of_the_same_images(
         torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["dfnd", "mosaickd"])
+@pytest.mark.parametrize(
+    ("method", "count"), [("dfnd", 30), ("mosaickd", 30), ("kd3", 12), ("cid", 40)]
+)
 def test_a_sampling_methods_dictionary_is_that_of_all_selected_images(
-    method: str, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    method: str, count: int, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the same images as the teacher's own dictionary: KD3's are its first epoch's."""
     monkeypatch.setattr("python_models.engine.DICTIONARY_BATCH", 7)
-    run = start(task, method)
+    run = start(task, method, kdci=True)
+    own = start({**task, "kdci_dictionary_teacher": None}, method, kdci=True)
     assert run.dictionary_model is not None
-    features = watch_updates(run)
-    run.prepare()
-    run.advance()
-    assert [rows.shape for rows in features] == [(30, OTHER_CLASSES)]
+    features, of_teacher = watch_updates(run), watch_updates(own)
+    for each in (run, own):
+        each.prepare()
+        each.advance()
+    assert [rows.shape for rows in features] == [(count, OTHER_CLASSES)]
+    images = to_float(run.method.dictionary_images())
     with torch.no_grad():
-        expected = run.dictionary_model(to_float(run.method.images))
-    torch.testing.assert_close(features[0], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(features[0], run.dictionary_model(images), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(of_teacher[0], own.teacher(images), atol=1e-5, rtol=1e-4)
 
 
 def test_the_mapping_learns_with_the_student_and_changes_nothing_else(

@@ -21,7 +21,7 @@ from python_models.data import to_float
 from python_models.engine import distill
 from python_models.errors import DivergenceError, UserError
 from python_models.methods import METHODS
-from python_models.methods.base import Method
+from python_models.methods.base import Batch, Method
 from python_models.networks import build_network
 from python_models.teacher import load_network
 
@@ -113,29 +113,39 @@ def test_without_evaluation_no_original_data_is_needed_at_all(
 
 
 @pytest.mark.parametrize("method", METHOD_SETTINGS)
-def test_kdci_changes_nothing_but_the_loss_before_the_first_student_step(
-    method: str, task: dict[str, Any]
-) -> None:
-    first_images = []
-    weights = []
+def test_kdci_changes_nothing_but_the_compensation(method: str, task: dict[str, Any]) -> None:
+    """Of the same seed, a run with KDCI and its vanilla twin start from the same student, see the
+    same images with the same teacher's logits in all steps of the first round, and differ after the
+    first step, which compensates.
+    """
+    seen: dict[bool, list[Batch]] = {}
+    students: dict[bool, list[list[Tensor]]] = {}
     for kdci in (True, False):
-        run = start(task, method, kdci=kdci)
+        run = start(task, method, kdci=kdci, kd_steps=2, ep_steps=4)
         run.prepare()
-        weights.append([p.clone() for p in run.student.parameters()])
+        students[kdci] = [[p.detach().clone() for p in run.student.parameters()]]
+        batches = seen[kdci] = []
         next_batch = run.method.next_batch
-        seen: list[Tensor] = []
 
-        def record(seen: list[Tensor] = seen, draw: Any = next_batch) -> Any:
-            batch = draw()
-            seen.append(batch.images.clone())
+        def record(batches: list[Batch] = batches, draw: Any = next_batch) -> Batch:
+            batch: Batch = draw()
+            batches.append(batch)
             return batch
 
         run.method.next_batch = record  # type: ignore[method-assign]
         while run.step < 2:
             run.advance()
-        first_images.append(seen[0])
-    assert torch.equal(*first_images)
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+        students[kdci].append([p.detach().clone() for p in run.student.parameters()])
+        assert run.round == run.warmup_rounds + 1
+    assert len(seen[True]) == len(seen[False]) == 2
+    for ours, vanilla in zip(seen[True], seen[False], strict=True):
+        assert torch.equal(ours.images, vanilla.images)
+        assert ours.teacher_logits is not None
+        assert vanilla.teacher_logits is not None
+        assert torch.equal(ours.teacher_logits, vanilla.teacher_logits)
+    before, after = (zip(students[True][i], students[False][i], strict=True) for i in (0, 1))
+    assert all(torch.equal(a, b) for a, b in before)
+    assert not all(torch.equal(a, b) for a, b in after)
 
 
 @pytest.mark.parametrize("method", GENERATING)

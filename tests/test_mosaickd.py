@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from python_models.data import to_float
 from python_models.errors import UserError
-from python_models.methods.mosaickd import RandomOrder, select_uncertain
-from python_models.networks import (
-    DISCRIMINATORS,
-    Classifier,
-    build_discriminator,
-    count_parameters,
-)
+from python_models.networks import DISCRIMINATORS, build_discriminator, count_parameters
 
 WEIGHTS = {"local": 0.5, "align": 0.6, "balance": 3.0, "adv": 0.7}
 
@@ -53,7 +47,7 @@ def test_every_term_of_one_round_and_its_gradients(task: dict[str, Any]) -> None
     found = method.begin_round(0).losses
 
     x = generator(torch.randn(6, 8, generator=stream, dtype=torch.float64))
-    real = method.images[torch.randperm(30, generator=order)[:6]].double() / 255
+    real = to_float(method.images[torch.randperm(30, generator=order)[:6]]).double()
     fake_map = discriminator((x.detach() - 0.5) / 0.5)
     real_map = discriminator((real - 0.5) / 0.5)
     assert fake_map.shape == (6, 1, 8, 8)
@@ -200,38 +194,22 @@ def test_resuming_with_other_unlabelled_images_is_refused(task: dict[str, Any]) 
 # -- selection ---------------------------------------------------------------
 
 
-class Levels(nn.Module):
-    """Logits of three classes whose entropy and confidence rank images differently."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        level = images.mean((1, 2, 3))
-        return torch.stack([4 * level, 3 - 4 * level, 6 * (level - 0.5) ** 2], dim=1)
-
-
 @pytest.mark.parametrize("by", ["entropy", "confidence"])
-@pytest.mark.parametrize("count", [1, 7, 20, 100])
-def test_selection_is_that_of_the_whole_sorted_set(by: Any, count: int) -> None:
-    images = torch.randint(0, 256, (41, 1, 4, 4), dtype=torch.uint8)
-    images[30] = images[3]
-    teacher = Classifier(Levels(), (0.0,), (1.0,))
-    found, logits = select_uncertain(images.split(5), teacher, count, by, torch.device("cpu"))
-    p = teacher(to_float(images)).softmax(1)
-    uncertain = -(p * p.log()).sum(1) if by == "entropy" else 1 - p.amax(1)
-    assert found.tolist() == sorted(range(41), key=lambda i: (-uncertain[i].item(), i))[:count]
-    torch.testing.assert_close(logits, teacher(to_float(images[found])))
-
-
-def test_selection_takes_images_without_a_prediction_last() -> None:
-    class Broken(Levels):
-        def forward(self, images: Tensor) -> Tensor:
-            logits = super().forward(images)
-            logits[:2] = torch.nan
-            return logits
-
-    teacher = Classifier(Broken(), (0.0,), (1.0,))
-    images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
-    found, _ = select_uncertain([images], teacher, 7, "entropy", torch.device("cpu"))
-    assert sorted(found.tolist()) == list(range(2, 9))
+def test_the_images_the_teacher_is_least_certain_of_are_kept(by: Any, task: dict[str, Any]) -> None:
+    """30 of 50 by the highest entropy or the lowest confidence, which do not rank alike."""
+    run = start(task, "mosaickd", select_by=by)
+    with torch.no_grad():
+        run.teacher.network.fc.weight.mul_(40)
+    candidates = to_float(run._load_unlabelled())
+    p = run.teacher(candidates).softmax(1)
+    doubt = {"entropy": -(p * p.log()).sum(1), "confidence": -p.amax(1)}
+    assert doubt["entropy"].argsort().tolist() != doubt["confidence"].argsort().tolist()
+    logits = run.method.prepare()
+    method: Any = run.method
+    assert method.indices.tolist() == doubt[by].argsort(descending=True)[:30].tolist()
+    assert torch.equal(to_float(method.images), candidates[method.indices])
+    assert logits is not None
+    torch.testing.assert_close(logits.softmax(1), p[method.indices], atol=1e-5, rtol=1e-4)
 
 
 def test_by_default_all_unlabelled_images_are_used(task: dict[str, Any]) -> None:
@@ -239,15 +217,6 @@ def test_by_default_all_unlabelled_images_are_used(task: dict[str, Any]) -> None
     run.prepare()
     assert len(run.method.images) == 50
     assert run.steps_per_epoch == 50 // 6 * 2
-
-
-def test_an_order_shows_every_image_once_a_pass() -> None:
-    order = RandomOrder(torch.Generator().manual_seed(0), torch.device("cpu"))
-    passes = [torch.cat([order.take(5, 23) for _ in range(4)]) for _ in range(2)]
-    assert all(len(set(positions.tolist())) == 20 for positions in passes)
-    assert passes[0].tolist() != passes[1].tolist()
-    fewer = RandomOrder(torch.Generator().manual_seed(0), torch.device("cpu")).take(7, 3)
-    assert sorted(fewer[:6].tolist()) == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tiny_task import CLASSES, METHOD_SETTINGS, make_task, tiny_config
 from python_models.checkpoint import load_checkpoint
 from python_models.cli import main
 from python_models.config import ReportConfig, distill_config
-from python_models.data import load_labelled, to_float
+from python_models.data import LabelledImages, load_labelled, to_float
 from python_models.engine import Distillation, distill
 from python_models.errors import UserError
 from python_models.report import ReportResult, figures, frechet_distance, report
@@ -364,6 +364,25 @@ def test_a_formula_in_a_class_name_is_drawn_as_it_is() -> None:
             torch.ones(2) / 2, {"KDCI": torch.ones(2)}, ("$x_{", "<b>"), "even"
         )
         assert figures.to_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("undrawn", "unembedded")
+def test_test_images_that_no_memory_holds_are_named(
+    folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder of more than 2 GiB, images are decoded as they are needed: none are held."""
+    test = load_labelled("tiny.npz", "test", folder / "data")
+
+    class OnDisk(LabelledImages):
+        labels, num_classes, class_names = test.labels, test.num_classes, test.class_names
+        image_shape = test.image_shape
+
+        def select(self, parts: Any) -> Any:
+            raise AssertionError("read")
+
+    monkeypatch.setattr("python_models.report.measure.load_labelled", lambda *_: OnDisk())
+    result, _ = quick(runs)
+    assert any("tiny.npz are too many to be kept in memory: 40" in x for x in result.left_out)
 
 
 # --- pairs ----------------------------------------------------------------------------------------

@@ -202,6 +202,10 @@ class Method(ABC, Generic[SettingsT]):
         """
         return None
 
+    def dictionary_images(self) -> Tensor:
+        """Return the images, uint8 ``[n, c, h, w]``, whose features `prepare` returned."""
+        return self.images
+
     def begin_epoch(self, index: int) -> None:
         """Do what comes once an epoch, before its first round; not called for warm-up rounds.
 
@@ -304,4 +308,6 @@ def on_device(module: ModuleT, device: torch.device) -> ModuleT:
 
     channels_last about halves a generator's time, on CPUs too.
     """
-    return module.to(device).to(memory_format=torch.channels_last)
+    on_it: Any = module.to(device)  # Any: before 2.15, PyTorch's types know no memory format here
+    moved: ModuleT = on_it.to(memory_format=torch.channels_last)
+    return moved

@@ -164,7 +164,7 @@ class CID(Method[CIDSettings]):
     def prepare(self) -> Tensor:
         """Return the teacher's logits of all images, which the dictionary is built from."""
         return torch.cat(
-            [self.teacher(to_float(images)) for images in self.images.split(FEATURE_BATCH)]
+            [self.teacher(to_float(images)) for images in torch.split(self.images, FEATURE_BATCH)]
         )
 
     def steps_per_pass(self) -> int:

@@ -57,7 +57,8 @@ class DeepInversionSettings(PoolSettings):
     g_steps_half: int = 0
     """Steps before these on images averaged to half their size; 0: none."""
     lr_image: float = 0.1
-    """Learning rate of the images (Adam)."""
+    """Learning rate of the images (Adam), in units of the teacher's normalised input: for a teacher
+    of unnormalised images, a quarter of that for the usual statistics moves pixels alike."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Adam's betas for the images."""
     image_schedule: Literal["constant", "cosine"] = "constant"

@@ -27,23 +27,17 @@ The kept images are held as bytes where the student is trained: 600,000 of 3x32x
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from python_models import losses
-from python_models.data import RandomCropFlip, UnlabelledImages, to_float
+from python_models.data import RandomCropFlip, to_float
 from python_models.errors import UserError
-from python_models.methods.base import METHODS, Batch, Context, Divergence, Method
-from python_models.reporting import Progress
-from python_models.selection import TopRows
+from python_models.methods.base import METHODS, Batch, Context, Divergence
+from python_models.methods.sampling import RandomOrder, SelectingMethod
 
 
 @dataclass(kw_only=True)
@@ -69,7 +63,7 @@ class DFNDSettings:
 
 
 @METHODS.register("dfnd")
-class DFND(Method[DFNDSettings]):
+class DFND(SelectingMethod[DFNDSettings]):
     """Confident unlabelled images with noise adaptation."""
 
     summary = "the unlabelled images that the teacher is most certain of, with noise adaptation"
@@ -83,101 +77,39 @@ class DFND(Method[DFNDSettings]):
         "schedule": "step",
     }
     num_prototypes = 128
-    needs_unlabelled = True
 
     def __init__(self, settings: DFNDSettings, context: Context) -> None:
-        super().__init__(settings, context)
+        super().__init__(settings, context, settings.select)
         if settings.diagonal is not None and not 0 < settings.diagonal < 1:
             raise UserError(f"diagonal={settings.diagonal} must lie between 0 and 1")
-        if settings.select < 1:
-            raise UserError(f"select={settings.select} must be >= 1")
-        source = context.open_unlabelled()
-        self._source: UnlabelledImages | None = source
-        self._num_candidates = len(source)
-        self._require_memory()
-        self.images = torch.empty(0)
-        self._images_hash = ""
-        self.indices = torch.empty(0, dtype=torch.int64)
         self.diagonal = settings.diagonal or 0.0
         classes = context.num_classes
         self.theta = nn.Parameter(torch.zeros(classes, classes - 1, device=context.device))
         self.optimizer = torch.optim.Adam([self.theta], lr=settings.lr_noise)
         self.augment = RandomCropFlip(settings.crop, settings.flip)
-        self.parts = {"optimizer": self.optimizer}
-        self._order_stream = context.randomness.on_cpu("order")
+        self.order = RandomOrder(context.randomness.on_cpu("order"), context.device)
+        self.parts = {"optimizer": self.optimizer, "order": self.order}
         self._augment_stream = context.randomness.on_device("augment")
-        self._order = torch.empty(0, dtype=torch.int64, device=context.device)
-        self._cursor = 0
 
     def prepare(self) -> Tensor:
         """Select the images; their logits are the features of the dictionary."""
-        found = select_confident(self._logits(), self._selected, self.context.num_classes)
-        if not len(found.indices):
-            raise UserError("the teacher's logits are NaN for every unlabelled image")
+        found = self.select("highest confidence")
         if self.settings.diagonal is None:
             # Even a teacher that is always certain leaves room for noise.
             self.diagonal = min(max(found.confidence, 1e-3), 1 - 1e-3)
-        self._keep(found.indices)
+        self.order.reset(len(self.images))
         return found.logits.to(self.context.device)
-
-    def _logits(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the positions and the teacher's logits of all images, in one pass."""
-        source = self._source
-        assert source is not None
-        progress = Progress("selecting", math.ceil(len(source) / source.batch_size))
-        try:
-            for positions, images in source.batches():
-                yield positions, self.teacher(to_float(images.to(self.context.device)))
-                progress.step({})
-        finally:
-            progress.close()
-
-    def _keep(self, indices: Tensor) -> None:
-        assert self._source is not None
-        self.indices = indices
-        images = self._source.take(indices)
-        self._images_hash = hashlib.sha256(images.numpy().data).hexdigest()
-        self.images = images.to(self.context.device)
-        self._source = None  # it may hold all candidates
-
-    @property
-    def _selected(self) -> int:
-        """Number of images to keep, if all of them can be read."""
-        return min(self.settings.select, self._num_candidates)
-
-    def _require_memory(self) -> None:
-        device = self.context.device
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-        else:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        needed = self._selected * math.prod(self.context.image_shape)
-        if needed > memory:
-            raise UserError(
-                f"select={self.settings.select}: {self._selected} images of "
-                f"{list(self.context.image_shape)} take {needed / 2**30:.0f} GiB, but {device} has "
-                f"{memory / 2**30:.0f} GiB: select fewer"
-            )
 
     def steps_per_pass(self) -> int:
         """Return the student steps in one pass over the selected images.
 
         Images that turn out to be unreadable count: how many they are is not known before.
         """
-        return max(1, self._selected // self.context.batch_size)
+        return max(1, self.num_wanted // self.context.batch_size)
 
     def next_batch(self) -> Batch:
         """Return the next augmented images of a random order without repetition."""
-        if self._cursor + self.context.batch_size > len(self._order):
-            orders = [
-                torch.randperm(len(self.images), generator=self._order_stream)
-                for _ in range(-(-self.context.batch_size // len(self.images)))
-            ]
-            # Drawn on the CPU, so that all devices draw alike; moved once for the whole pass.
-            self._order, self._cursor = torch.cat(orders).to(self.context.device), 0
-        chosen = self._order[self._cursor : self._cursor + self.context.batch_size]
-        self._cursor += self.context.batch_size
-        images = to_float(self.images[chosen])
+        images = to_float(self.images[self.order.take(self.context.batch_size)])
         return Batch(self.augment(images, self._augment_stream))
 
     def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
@@ -207,70 +139,11 @@ class DFND(Method[DFNDSettings]):
             **super().state_dict(),
             "theta": self.theta.detach().clone(),
             "diagonal": self.diagonal,
-            "num_candidates": self._num_candidates,
-            "indices": self.indices,
-            "images": self._images_hash,
-            "order": self._order,
-            "cursor": self._cursor,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state, reading the selected images from where they came."""
-        if state["num_candidates"] != self._num_candidates:
-            raise UserError(
-                f"unlabelled holds {self._num_candidates} images, but {state['num_candidates']} "
-                "when the run began: resume needs the same images"
-            )
         super().load_state_dict(state)
         with torch.no_grad():
             self.theta.copy_(state["theta"])
         self.diagonal = state["diagonal"]
-        self._order, self._cursor = state["order"].to(self.context.device), state["cursor"]
-        self._keep(state["indices"].cpu())
-        if self._images_hash != state["images"]:
-            raise UserError(
-                "unlabelled holds other images than when the run began: resume needs the same ones"
-            )
-
-
-class Selection(NamedTuple):
-    """What was selected from a stream.
-
-    Attributes:
-        indices: Positions in the stream, int64 ``[n]`` on the CPU, the most certain first.
-        logits: Theirs, float32 ``[n, c]`` on the CPU.
-        confidence: The teacher's mean confidence on all images of the stream.
-    """
-
-    indices: Tensor
-    logits: Tensor
-    confidence: float
-
-
-@torch.no_grad()
-def select_confident(
-    stream: Iterable[tuple[Tensor, Tensor]], count: int, num_classes: int
-) -> Selection:
-    """Select the images that a teacher is most certain of, in one pass with bounded memory.
-
-    Only the kept positions, certainties and logits are in memory, and a sixteenth as many besides.
-
-    Args:
-        stream: Positions, int64 ``[b]``, ascending, and the teacher's logits ``[b, c]``; read once.
-        count: Number of images to select.
-        num_classes: Number of logits ``c``.
-
-    Returns:
-        The ``n <= count`` images of the largest ``max softmax(t)``, of equals the earlier one. An
-        image whose logits are NaN is none of them, and has the confidence 0.
-    """
-    top = TopRows(count, num_classes)
-    seen = 0
-    total = torch.zeros((), dtype=torch.float64)
-    for positions, logits in stream:
-        certainty = F.log_softmax(logits.float(), dim=1).amax(1).cpu()
-        total += certainty.double().exp().nan_to_num(nan=0.0).sum()
-        seen += len(positions)
-        top.add(certainty, positions, logits)
-    _, indices, rows = top.result()
-    return Selection(indices, rows, (total / max(seen, 1)).item())

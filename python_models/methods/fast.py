@@ -30,24 +30,23 @@ import torch
 from torch import Tensor, nn
 
 from python_models import losses
-from python_models.data import ImagePool, RandomCropFlip
 from python_models.methods.base import (
     METHODS,
     Batch,
     Context,
-    Method,
     Synthesis,
     build_image_generator,
     generate,
 )
 from python_models.methods.descent import Descent
+from python_models.methods.pooled import Best, PooledMethod, PoolSettings
 
 REPTILE_GAIN = 67.0
 """Factor of the Reptile gradient in the released code."""
 
 
 @dataclass(kw_only=True)
-class FastSettings:
+class FastSettings(PoolSettings):
     """Settings of Fast."""
 
     g_steps: int = 10
@@ -85,12 +84,6 @@ class FastSettings:
     """Draw the generator's first linear and BatchNorm layer anew after --reset-after rounds."""
     reset_after: int = 120
     """Rounds after warm-up at which that happens."""
-    pool_size: int = 60000
-    """Capacity of the pool."""
-    pool_policy: Literal["newest", "reservoir"] = "newest"
-    """What a full pool keeps: the newest images, or a uniform sample of all there ever were."""
-    pool_storage: Literal["float", "uint8"] = "uint8"
-    """How the pool stores pixels."""
     crop: int = 4
     """Padding of the random crop of generated and pooled images; 0: none."""
     flip: bool = True
@@ -98,7 +91,7 @@ class FastSettings:
 
 
 @METHODS.register("fast")
-class Fast(Method[FastSettings]):
+class Fast(PooledMethod[FastSettings]):
     """Meta-generator that fills a pool; the student learns from the pool."""
 
     summary = "meta-learned generator, few steps a round, BatchNorm statistics, image pool"
@@ -120,24 +113,13 @@ class Fast(Method[FastSettings]):
             groups.append({"params": [self.latents], "lr": settings.lr_z_meta})
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
         self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum)
-        self.pool = ImagePool(
-            settings.pool_size,
-            context.image_shape,
-            context.device,
-            settings.pool_storage,
-            settings.pool_policy,
-            seed=context.randomness.stream_seed("reservoir"),
-        )
-        self.augment = RandomCropFlip(settings.crop, settings.flip)
-        self.parts = {
+        self.parts |= {
             "generator": self.generator,
             "optimizer": self.optimizer,
             "statistics": self.statistics,
-            "pool": self.pool,
         }
         self.descent = Descent("generator", context.precision, context.watch)
         self._synthesis_stream = context.randomness.on_device("synthesis")
-        self._pool_stream = context.randomness.on_device("pool")
 
     @property
     def warmup_rounds(self) -> int:
@@ -167,9 +149,7 @@ class Fast(Method[FastSettings]):
             betas=(0.5, 0.999),
         )
         self.optimizer.zero_grad()
-        # The best images are kept by torch.where, which does not wait for the device.
-        best_loss = torch.full((), torch.inf, device=self.context.device)
-        best_images = latents.new_zeros(s.synthesis_batch_size, *self.context.image_shape)
+        best = Best()
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
             images = generate(inner, latents, self.teacher)
@@ -177,9 +157,7 @@ class Fast(Method[FastSettings]):
                 self.augment(images, stream), targets, adversarial=index >= s.warmup
             )
             loss = self.descent.backward(terms, [optimizer], inner, latents)
-            better = loss < best_loss
-            best_images = torch.where(better, images.detach(), best_images)
-            best_loss = torch.where(better, loss, best_loss)
+            best.offer(loss, images)
             if s.meta == "fomaml":
                 learned = self._learned(inner, latents)
                 _add_gradients(self._learned(), self.descent.gradients(learned))
@@ -189,6 +167,7 @@ class Fast(Method[FastSettings]):
             _set_reptile_gradients(self._learned(), self._learned(inner, latents))
         if s.meta != "none":
             self.optimizer.step()
+        (best_images,) = best.tensors
         self.pool.add(best_images)
         return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
 
@@ -244,15 +223,6 @@ class Fast(Method[FastSettings]):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-
-    def next_batch(self) -> Batch:
-        """Return augmented images of the pool."""
-        images = self.pool.sample(self.context.batch_size, self._pool_stream)
-        return Batch(self.augment(images, self._pool_stream))
-
-    def preview(self, count: int) -> Tensor:
-        """Return images of the pool."""
-        return self.pool.sample(count, torch.Generator().manual_seed(0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts and the shared latents."""

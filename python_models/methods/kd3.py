@@ -200,10 +200,14 @@ class KD3(Method[KD3Settings]):
         self._select(0)
         return torch.cat(
             [
-                self.teacher(to_float(self.images[rows].to(self.context.device)))
-                for rows in self.selected.split(SELECTION_BATCH)
+                self.teacher(to_float(images.to(self.context.device)))
+                for images in torch.split(self.dictionary_images(), SELECTION_BATCH)
             ]
         )
+
+    def dictionary_images(self) -> Tensor:
+        """Return the images that are selected now: for the dictionary, those of the first epoch."""
+        return self.images[self.selected]
 
     def steps_per_pass(self) -> int:
         """Return the student steps in one pass over as many images as are unlabelled."""
@@ -221,7 +225,7 @@ class KD3(Method[KD3Settings]):
         share = student_share(index, self.context.epochs, s.form)
         self.network.eval()
         parts = []
-        for images in self.images.split(SELECTION_BATCH):
+        for images in torch.split(self.images, SELECTION_BATCH):
             augmented = self.augment(
                 to_float(images.to(self.context.device)), self._selection_stream
             )
@@ -393,4 +397,5 @@ def mix_distribution(images: Tensor, beta: float, stream: torch.Generator) -> Te
     u = (first / (first + second)).to(images.dtype)
     mixed_mean = u * mean + (1 - u) * mean[other]
     mixed_deviation = u * deviation + (1 - u) * deviation[other]
-    return mixed_deviation * (images - mean) / deviation + mixed_mean
+    perturbed: Tensor = mixed_deviation * (images - mean) / deviation + mixed_mean
+    return perturbed

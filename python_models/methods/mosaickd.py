@@ -30,13 +30,10 @@ selected images, and compensates the generated half of each batch as well.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from python_models import losses
@@ -46,18 +43,15 @@ from python_models.methods.base import (
     METHODS,
     Batch,
     Context,
-    Method,
     Synthesis,
     build_image_generator,
     generate,
     on_device,
 )
 from python_models.methods.descent import Descent
-from python_models.networks import Classifier, build_discriminator
+from python_models.methods.sampling import RandomOrder, SelectingMethod
+from python_models.networks import build_discriminator
 from python_models.schedule import learning_rate, set_learning_rate
-
-SELECTION_BATCH = 1024
-"""Images in one forward pass of the selection."""
 
 
 @dataclass(kw_only=True)
@@ -92,41 +86,8 @@ class MosaicKDSettings:
     """Random horizontal flips of them."""
 
 
-class RandomOrder:
-    """Draws positions at random, none twice before all came once; a short rest is left out.
-
-    Args:
-        stream: Source of the draws, on the CPU, so that all devices draw alike.
-        device: Where the positions go, a whole pass at a time.
-    """
-
-    def __init__(self, stream: torch.Generator, device: torch.device) -> None:
-        self._stream = stream
-        self._order = torch.empty(0, dtype=torch.int64, device=device)
-        self._cursor = 0
-
-    def take(self, count: int, size: int) -> Tensor:
-        """Return `count` positions below `size`, int64 ``[count]``."""
-        if self._cursor + count > len(self._order):
-            passes = [
-                torch.randperm(size, generator=self._stream) for _ in range(-(-count // size))
-            ]
-            self._order, self._cursor = torch.cat(passes).to(self._order.device), 0
-        self._cursor += count
-        return self._order[self._cursor - count : self._cursor]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the order and how far it is used."""
-        return {"order": self._order, "cursor": self._cursor}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._order = state["order"].to(self._order.device)
-        self._cursor = state["cursor"]
-
-
 @METHODS.register("mosaickd")
-class MosaicKD(Method[MosaicKDSettings]):
+class MosaicKD(SelectingMethod[MosaicKDSettings]):
     """A generator of images whose patches are those of unlabelled images."""
 
     summary = "generator with the local patches of unlabelled images; the student learns from both"
@@ -141,23 +102,14 @@ class MosaicKD(Method[MosaicKDSettings]):
         "schedule_by": "round",
     }
     num_prototypes = 128
-    needs_unlabelled = True
 
     def __init__(self, settings: MosaicKDSettings, context: Context) -> None:
-        super().__init__(settings, context)
-        if settings.select is not None and settings.select < 1:
-            raise UserError(f"select={settings.select} must be >= 1")
+        super().__init__(settings, context, settings.select)
         if context.batch_size < 2:
             raise UserError(
                 f"batch_size={context.batch_size} must be >= 2: one half is generated, the other "
                 "sampled"
             )
-        candidates = context.load_unlabelled()
-        self._num_candidates = len(candidates)
-        self._candidates: Tensor | None = candidates
-        self.images = torch.empty(0)
-        self._images_hash = ""
-        self.indices = torch.empty(0, dtype=torch.int64)
         self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
         with context.randomness.initialising("discriminator"):
             discriminator = build_discriminator(settings.discriminator, context.image_shape[0])
@@ -189,29 +141,15 @@ class MosaicKD(Method[MosaicKDSettings]):
 
     def prepare(self) -> Tensor:
         """Select the unlabelled images; their logits are the features of the dictionary."""
-        assert self._candidates is not None
-        indices, logits = select_uncertain(
-            torch.split(self._candidates, SELECTION_BATCH),
-            self.teacher,
-            self.settings.select or self._num_candidates,
-            self.settings.select_by,
-            self.context.device,
-        )
-        self._keep(indices)
-        return logits
-
-    def _keep(self, indices: Tensor) -> None:
-        assert self._candidates is not None
-        self.indices = indices
-        images = self._candidates[indices]
-        self._images_hash = hashlib.sha256(images.numpy().data).hexdigest()
-        self.images = images.to(self.context.device)
-        self._candidates = None
+        by_entropy = self.settings.select_by == "entropy"
+        found = self.select("highest entropy" if by_entropy else "lowest confidence")
+        for order in (self._real_order, self._order):
+            order.reset(len(self.images))
+        return found.logits.to(self.context.device)
 
     def steps_per_pass(self) -> int:
         """Return the student steps in the rounds that show each unlabelled image once to D."""
-        selected = min(self.settings.select or self._num_candidates, self._num_candidates)
-        return max(1, selected // self._num_sampled) * self.context.kd_steps
+        return max(1, self.num_wanted // self._num_sampled) * self.context.kd_steps
 
     def begin_round(self, index: int) -> Synthesis:
         """Make one step of the discriminator and one of the generator, on the same images."""
@@ -262,7 +200,7 @@ class MosaicKD(Method[MosaicKDSettings]):
         return generate(self.generator, latents, self.teacher)
 
     def _sample(self, order: RandomOrder) -> Tensor:
-        return to_float(self.images[order.take(self._num_sampled, len(self.images))])
+        return to_float(self.images[order.take(self._num_sampled)])
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
@@ -276,71 +214,3 @@ class MosaicKD(Method[MosaicKDSettings]):
         self.generator.eval()
         latents = self.generator.sample_latents(count, torch.Generator().manual_seed(0))
         return generate(self.generator, latents, self.teacher)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state; of the unlabelled images only which they are."""
-        return {
-            **super().state_dict(),
-            "num_candidates": self._num_candidates,
-            "indices": self.indices,
-            "images": self._images_hash,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state, reading the selected images from where they came."""
-        if state["num_candidates"] != self._num_candidates:
-            raise UserError(
-                f"unlabelled holds {self._num_candidates} images, but {state['num_candidates']} "
-                "when the run began: resume needs the same images"
-            )
-        super().load_state_dict(state)
-        self._keep(state["indices"].cpu())
-        if self._images_hash != state["images"]:
-            raise UserError(
-                "unlabelled holds other images than when the run began: resume needs the same ones"
-            )
-
-
-@torch.no_grad()
-def select_uncertain(
-    batches: Iterable[Tensor],
-    teacher: Classifier,
-    count: int,
-    by: Literal["entropy", "confidence"],
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Select the images that a teacher is least certain of, in one pass with bounded memory.
-
-    Args:
-        batches: Images, uint8 ``[b, c, h, w]``; read once.
-        teacher: In eval mode.
-        count: Number of images to select.
-        by: The highest entropy of its prediction, or the lowest confidence, ``max softmax(t)``.
-        device: Where the teacher is.
-
-    Returns:
-        Positions of the images in the stream, int64 ``[n]`` on the CPU, the least certain first (of
-        equals the earlier one), and their logits ``[n, num_classes]``, ``n <= count``.
-    """
-    seen = 0
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in batches:
-        logits = teacher(to_float(batch.to(device)))
-        log_p = F.log_softmax(logits, dim=1)
-        values = -log_p.amax(1) if by == "confidence" else -(log_p.exp() * log_p).sum(1)
-        # NaN sorts as the largest of all.
-        values = values.nan_to_num(nan=-torch.inf)
-        kept.append((values, torch.arange(seen, seen + len(batch), device=device), logits))
-        seen += len(batch)
-        if sum(len(part[0]) for part in kept) >= 2 * count:  # rarely, as sorting takes time
-            kept = [_highest(kept, count)]
-    _, indices, logits = _highest(kept, count)
-    return indices.cpu(), logits
-
-
-def _highest(
-    parts: list[tuple[Tensor, Tensor, Tensor]], count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    values, indices, logits = (torch.cat(column) for column in zip(*parts, strict=True))
-    order = values.argsort(descending=True, stable=True)[:count]
-    return values[order], indices[order], logits[order]

@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods share that learn from given images: their order, and whether they are the same."""
+"""What methods share that learn from given images: selection, order, and being the same ones."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import math
+import os
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from python_models.data import UnlabelledImages, to_float
 from python_models.errors import UserError
+from python_models.methods.base import Context, Method
+from python_models.reporting import Progress
+from python_models.selection import Ranking, Selection, select_images
+
+SettingsT = TypeVar("SettingsT")
 
 
 class RandomOrder:
@@ -101,3 +110,109 @@ class SameData:
                 f"{self._argument} holds other images than when the run began: resume needs the "
                 "same ones"
             )
+
+
+class SelectingMethod(Method[SettingsT]):
+    """Base class of methods that select some of the unlabelled images once, before training.
+
+    The selected images are held as bytes on the run's device, and named in checkpoints.
+
+    Args:
+        settings: The method's settings.
+        context: What it works with.
+        select: Images to keep; None: all.
+
+    Attributes:
+        images: The selected ones, uint8 ``[n, c, h, w]``, after `select`.
+        indices: Their positions in the source, int64 ``[n]``, the best first.
+
+    Raises:
+        UserError: If there is nothing to select, or no memory for it.
+    """
+
+    needs_unlabelled = True
+
+    def __init__(self, settings: SettingsT, context: Context, select: int | None) -> None:
+        super().__init__(settings, context)
+        if select is not None and select < 1:
+            raise UserError(f"select={select} must be >= 1")
+        source = context.open_unlabelled()
+        self._source: UnlabelledImages | None = source
+        self._num_candidates = len(source)
+        self._wanted = select
+        self._require_memory()
+        self.images = torch.empty(0)
+        self.indices = torch.empty(0, dtype=torch.int64)
+        self._data: SameData | None = None
+
+    @property
+    def num_wanted(self) -> int:
+        """Number of images to keep, if all of them can be read."""
+        return min(self._wanted or self._num_candidates, self._num_candidates)
+
+    def _require_memory(self) -> None:
+        device = self.context.device
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed = self.num_wanted * math.prod(self.context.image_shape)
+        if needed > memory:
+            raise UserError(
+                f"select={self._wanted}: {self.num_wanted} images of "
+                f"{list(self.context.image_shape)} take {needed / 2**30:.0f} GiB, but {device} has "
+                f"{memory / 2**30:.0f} GiB: select fewer"
+            )
+
+    def select(self, by: Ranking) -> Selection:
+        """Select and keep the best images, in one pass over all.
+
+        Raises:
+            UserError: If the teacher's logits are NaN for every image.
+        """
+        found = select_images(self._logits(), self.num_wanted, self.context.num_classes, by)
+        if not len(found.indices):
+            raise UserError("the teacher's logits are NaN for every unlabelled image")
+        self._keep(found.indices)
+        return found
+
+    def _logits(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the positions and the teacher's logits of all images, in one pass."""
+        source = self._source
+        assert source is not None
+        progress = Progress("selecting", math.ceil(len(source) / source.batch_size))
+        try:
+            for positions, images in source.batches():
+                yield positions, self.teacher(to_float(images.to(self.context.device)))
+                progress.step({})
+        finally:
+            progress.close()
+
+    def _keep(self, indices: Tensor) -> None:
+        assert self._source is not None
+        self.indices = indices
+        images = self._source.take(indices)
+        self._data = SameData("unlabelled", images)
+        self.images = images.to(self.context.device)
+        self._source = None  # it may hold all candidates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; of the images only which they are."""
+        return {
+            **super().state_dict(),
+            "num_candidates": self._num_candidates,
+            "indices": self.indices,
+            "images": None if self._data is None else self._data.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state, reading the selected images from where they came."""
+        if state["num_candidates"] != self._num_candidates:
+            raise UserError(
+                f"unlabelled holds {self._num_candidates} images, but {state['num_candidates']} "
+                "when the run began: resume needs the same images"
+            )
+        super().load_state_dict(state)
+        self._keep(state["indices"].cpu())
+        assert self._data is not None
+        self._data.load_state_dict(state["images"])

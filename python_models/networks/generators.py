@@ -46,12 +46,12 @@ class Generator(nn.Module):
         self.blocks: nn.Module
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Returns images [b, channels, size, size] of latents [b, *latent_shape]."""
+        """Returns images [b, channels, size, size] of latents `[b, *latent_shape]`."""
         images: Tensor = self.blocks(self.stem(latents))
         return images
 
     def sample_latents(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws latents [count, *latent_shape] from N(0, 1), on the device of the parameters."""
+        """Draws latents `[count, *latent_shape]` from N(0, 1), on the device of the parameters."""
         weight = next(self.parameters())
         device = weight.device if generator is None else generator.device
         latents = torch.randn(

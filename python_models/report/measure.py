@@ -143,6 +143,9 @@ def load_original(task: Task, runs: list[Run], config: ReportConfig) -> Original
     if task.num_classes not in (None, test.num_classes):
         reason = f"{task.dataset} has {test.num_classes} classes, the students {task.num_classes}"
         return Original(names, None, reason)
+    if not isinstance(test, LabelledData):
+        reason = f"the test images of {task.dataset} are too many to be kept in memory: {len(test)}"
+        return Original(test.class_names, None, reason)
     return Original(test.class_names, test)
 
 
