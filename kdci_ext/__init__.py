@@ -19,9 +19,10 @@ from importlib.metadata import PackageNotFoundError, version
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from kdci_ext import _ops as _ops  # registers the fake kernels and autograd
-from kdci_ext import functional, reference, streaming
+from kdci_ext import distributed, functional, reference, streaming
 from kdci_ext._load import build_info
 from kdci_ext.dictionary import ConfounderDictionary
+from kdci_ext.distributed import distributed_confounder_dictionary
 from kdci_ext.functional import confounder_dictionary as build_confounder_dictionary
 from kdci_ext.modules import KDCI, PriorCompensation
 from kdci_ext.streaming import stream_confounder_dictionary
@@ -32,6 +33,8 @@ __all__ = [
     "PriorCompensation",
     "build_confounder_dictionary",
     "build_info",
+    "distributed",
+    "distributed_confounder_dictionary",
     "functional",
     "reference",
     "stream_confounder_dictionary",

@@ -3,14 +3,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from kdci_ext import _checks
 from kdci_ext.dictionary import ConfounderDictionary
+from kdci_ext.distributed import (
+    GATHERED_ROWS,
+    distributed_confounder_dictionary,
+    gathered_rows,
+    row_counts,
+    share_bits,
+    shared_generator,
+)
 from kdci_ext.functional import (
     Backend,
     Weighting,
@@ -18,6 +29,7 @@ from kdci_ext.functional import (
     compensated_kd_loss,
     confounder_dictionary,
 )
+from kdci_ext.streaming import column_moments
 
 __all__ = ["KDCI", "PriorCompensation"]
 
@@ -249,18 +261,29 @@ class KDCI(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, teacher_logits: Tensor, generator: torch.Generator | None = None
+        self,
+        teacher_logits: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        group: distributed.ProcessGroup | None = None,
     ) -> ConfounderDictionary:
         """Rebuild the dictionary from predictions.
+
+        In a loop of several processes (DistributedDataParallel), each with rows of its own, give
+        ``group=torch.distributed.group.WORLD``: all processes call this, and all get the dictionary
+        that one process would make, to rounding, of all rows in the order of the ranks. Without it
+        each would have a dictionary of its own.
 
         Args:
             teacher_logits: M, [n, d] with n >= num_prototypes: one synthetic mini-batch, or all
                 sampled data. With ``dictionary_dim`` the other model's logits of the same images,
                 [n, dictionary_dim].
-            generator: Source of the random draws.
+            generator: Source of the random draws; with ``group`` that of its first process.
+            group: Processes whose rows are clustered together, each with at least 0 rows; by
+                default this one alone.
 
         Returns:
-            The dictionary as clustered, with the labels of the rows.
+            The dictionary as clustered, with the labels of this process's rows.
 
         Raises:
             TypeError: For an argument of the wrong type.
@@ -270,8 +293,17 @@ class KDCI(nn.Module):
         width = "num_classes" if self.w_map is None else "dictionary_dim"
         _checks.size("teacher_logits", teacher_logits, 1, self.dictionary_dim, width)
         _checks.same_device({"kdci": self.prototypes, "teacher_logits": teacher_logits})
-        found = confounder_dictionary(
-            *(teacher_logits, self.num_prototypes, self.pca_components),
+        rows = teacher_logits
+        cluster: Callable[..., ConfounderDictionary] = confounder_dictionary
+        if group is not None:
+            generator = shared_generator(generator, rows.device, group)
+            counts = row_counts(rows, group)
+            if sum(counts) <= GATHERED_ROWS:
+                rows = gathered_rows(rows, group)
+            else:
+                cluster = functools.partial(distributed_confounder_dictionary, group=group)
+        found = cluster(
+            *(rows, self.num_prototypes, self.pca_components),
             generator=generator,
             initial_prototypes=self.prototypes if self.warm_start and self._ready else None,
             max_iter=self.max_iter,
@@ -280,16 +312,25 @@ class KDCI(nn.Module):
         )
         prototypes, proportions = found.prototypes, found.proportions
         if self.prototype_source == "random":
-            rows = teacher_logits.to(prototypes.dtype)
+            moments = column_moments(rows)
+            if cluster is not confounder_dictionary:
+                moments = moments.all_reduce(group)
+            deviation = (moments.scatter.diagonal() / moments.count).sqrt()
             drawn_on = rows.device if generator is None else generator.device
             normal = torch.randn(prototypes.shape, generator=generator, device=drawn_on)
-            prototypes = rows.mean(0) + rows.std(0, correction=0) * normal.to(rows)
+            prototypes = (moments.mean + deviation * normal.to(deviation)).to(prototypes)
         if self.proportion_source == "none":
             proportions = torch.ones_like(proportions)
         self.prototypes.copy_(prototypes)
         self.proportions.copy_(proportions)
         self._ready = True
-        return found
+        if group is None:
+            return found
+        share_bits([self.prototypes, self.proportions], group)
+        if rows is teacher_logits:
+            return found
+        first = sum(counts[: distributed.get_rank(group)])
+        return replace(found, labels=found.labels[first : first + len(teacher_logits)])
 
     def forward(self, student_logits: Tensor) -> Tensor:
         """Return the compensated logits S', [B, d], of ``student_logits`` [B, d]."""

@@ -26,7 +26,7 @@ hardly ever shows in a result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
@@ -593,14 +593,46 @@ def stream_confounder_dictionary(
     del sample
 
     labels = torch.full((n,), -1, dtype=torch.int64, device=prototypes.device)
+    total, num_iter = _lloyd_by_sums(
+        lambda centers: _assign_all(blocks, centers, subspace, labels, backend),
+        *(prototypes, subspace, n, num_components, max_iter, float(tol), float(momentum)),
+    )
+    return _dictionary_of(total, n, subspace, labels, num_iter, dtype)
+
+
+def _lloyd_by_sums(
+    assign: Callable[[Tensor], tuple[PartialSums, bool]],
+    start: Tensor,
+    subspace: PrincipalSubspace,
+    n: int,
+    num_components: int,
+    max_iter: int,
+    tol: float,
+    momentum: float,
+) -> tuple[PartialSums, int]:
+    """Iterate over rows that only ``assign`` knows.
+
+    Args:
+        assign: Brings the labels of all rows up to date for these centres [K, d]; returns the sums
+            over all rows and whether a label changed.
+        start: First centres, [K, d] float64.
+        subspace: Where distances are measured.
+        n: Number of rows.
+        num_components: Dimension of the subspace.
+        max_iter: Iterations at most.
+        tol: See `LloydSteps`.
+        momentum: See `LloydSteps`.
+
+    Returns:
+        The final sums, and the number of iterations.
+    """
     spread = subspace.variance * num_components * n
-    steps = LloydSteps(prototypes, float(spread), max_iter, float(tol), float(momentum))
+    steps = LloydSteps(start, float(spread), max_iter, tol, momentum)
     is_going_on = True
     while is_going_on:
-        total, has_moved = _assign_all(blocks, steps.centers, subspace, labels, backend)
+        total, has_moved = assign(steps.centers)
         if not (has_moved or steps.is_ahead):
-            steps.iteration += 1
-            break
+            return total, steps.iteration + 1
         filled = total.filled()
         is_going_on = steps.advance(
             has_moved,
@@ -608,16 +640,25 @@ def stream_confounder_dictionary(
             filled is not total,
             float(spread - filled.between_clusters(subspace)),
         )
-    else:
-        total, _ = _assign_all(blocks, steps.means, subspace, labels, backend)
+    return assign(steps.means)[0], steps.iteration
 
+
+def _dictionary_of(
+    total: PartialSums,
+    n: int,
+    subspace: PrincipalSubspace,
+    labels: Tensor,
+    num_iter: int,
+    dtype: torch.dtype,
+) -> ConfounderDictionary:
+    """Return the dictionary of the final sums over all n rows."""
     counts = total.counts[:, None]
     return ConfounderDictionary(
         torch.where(counts > 0, total.sums / counts.clamp(min=1), subspace.mean).to(dtype),
         (total.counts.double() / n).to(dtype),
         labels,
         total.inertia,
-        torch.tensor(steps.iteration, device=labels.device),
+        torch.tensor(num_iter, device=labels.device),
     )
 
 

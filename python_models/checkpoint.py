@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -147,22 +148,27 @@ def _load_whole(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, contents: bytes | None = None) -> dict[str, Any]:
     """Load what `save_checkpoint` saved, on the CPU, without running any code in it.
+
+    Args:
+        path: The file.
+        contents: What is in it, where another process read it; the path is for errors then.
 
     Raises:
         UserError: If the file cannot be read or is damaged.
     """
-    return _torch_load(path, "checkpoint")
+    return _torch_load(path, "checkpoint", contents)
 
 
 _OF_OTHER_BYTES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError)
 """What the unpickler raises where it takes other bytes for its instructions."""
 
 
-def _torch_load(path: Path, kind: str) -> dict[str, Any]:
+def _torch_load(path: Path, kind: str, contents: bytes | None = None) -> dict[str, Any]:
+    source = path if contents is None else io.BytesIO(contents)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no {kind} at {path}") from error
     except pickle.UnpicklingError as error:
@@ -349,21 +355,27 @@ class StopRequest:
     The second one interrupts at once. Outside the main thread, where Python allows no signal
     handlers, the block changes nothing.
 
+    Args:
+        is_announced: Whether to say so when it comes: of several processes one does.
+
     Example:
         >>> with StopRequest() as stop:
         ...     while not stop.requested:
         ...         break
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_announced: bool = True) -> None:
         self.requested = False
+        self._is_announced = is_announced
         self._previous: dict[int, Any] = {}
 
     def _request(self, number: int, _: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step (again to stop at once)", file=sys.stderr, flush=True)
+        if self._is_announced:
+            text = "\nstopping after this step (again to stop at once)"
+            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

@@ -34,6 +34,7 @@ from python_models.config import (
 from python_models.errors import (
     DivergenceError,
     Interrupted,
+    PeerError,
     StudyError,
     UserError,
     unknown_name,
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if str(stop):  # of several processes one speaks
+            print(stop, file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -92,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (DivergenceError, StudyError) as error:
         return _fail(error, 1)
+    except PeerError as error:
+        return _fail(error, 1) if error.is_unexplained else 1
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in OPTIONAL_PACKAGES:
             raise
@@ -236,11 +240,13 @@ def _distill(words: list[str]) -> None:
         DistillArguments(sources=Sources(), run=defaults),
         "Distil a teacher into a student, without the teacher's data.",
     )
+    from python_models.distributed import is_first_process
     from python_models.engine import describe, distill
 
     _make_working_directory_importable()
     result = distill(arguments.run)
-    print(describe(result))
+    if is_first_process():
+        print(describe(result))
 
 
 def _single(words: list[str], command: str, default: ConfigT, description: str) -> ConfigT:

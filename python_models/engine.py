@@ -12,6 +12,7 @@ stop after any of them and go on as if it had not.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,7 @@ from python_models.checkpoint import (
     export_network,
     fingerprint,
     first_not_finite,
+    load_checkpoint,
     resume_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -42,6 +44,7 @@ from python_models.data import (
     open_unlabelled,
     to_float,
 )
+from python_models.distributed import ALONE, World, connect, local_device
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.health import Health
@@ -113,16 +116,25 @@ class Distillation:
         config: The resolved configuration.
         teacher: The loaded teacher.
         device: Where to compute.
+        world: The processes that compute together; see `python_models.distributed`.
 
     Raises:
         UserError: If parts do not fit each other.
     """
 
     def __init__(
-        self, config: DistillConfig[Any], teacher: LoadedNetwork, device: torch.device
+        self,
+        config: DistillConfig[Any],
+        teacher: LoadedNetwork,
+        device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.config = config
         self.device = device
+        self.world = world
+        world.require_even("batch_size", config.training.batch_size)
+        if hasattr(config.settings, "synthesis_batch_size"):
+            world.require_even("synthesis_batch_size", config.settings.synthesis_batch_size)
         self.dataset = config.task.dataset or teacher.info.dataset
         self.unlabelled: UnlabelledImages | None = None
         self.info = NetworkInfo(
@@ -132,7 +144,7 @@ class Distillation:
                 "arguments": config.task.student_args,
             }
         )
-        self.randomness = Randomness(config.training.seed, device)
+        self.randomness = Randomness(config.training.seed, device, world.rank)
         self._loaded_teacher = teacher
         self.teacher = teacher.classifier.to(device)
         self.teacher_info = teacher.info
@@ -145,7 +157,7 @@ class Distillation:
             )
             self.student = Classifier(student, self.info.mean, self.info.std)
             require_logits(self.student, self.info)
-        self.student.to(device)
+        self.student = world.synchronised(self.student.to(device))
 
         method_class = METHODS.get(config.method)
         self._require_parts(method_class)
@@ -181,6 +193,7 @@ class Distillation:
                 load_labelled=self._load_labelled,
                 precision=self.precision,
                 watch=self._watch,
+                world=world,
             ),
         )
         # The teacher of student steps; the methods' own calls read it by hooks.
@@ -214,13 +227,13 @@ class Distillation:
             method_class.num_prototypes, None if other is None else other.info.num_classes
         )
         self.optimizer = self._build_optimizer(extra)
-        self._descent = Descent("student", self.precision)
+        self._descent = Descent("student", self.precision, world=world)
         self._teacher_fingerprint = fingerprint(self.teacher)
         self._dictionary_fingerprint = (
             None if self.dictionary_model is None else fingerprint(self.dictionary_model)
         )
         self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
-        self.log = LossLog(device)
+        self.log = LossLog(device, world)
         self.health = Health(self.info.num_classes, device)
 
         ep_steps = config.training.ep_steps or self.method.steps_per_pass()
@@ -356,16 +369,24 @@ class Distillation:
             return self.kdci.loss(student_logits, teacher_logits, temperature)
         return kd_divergence(student_logits, teacher_logits, temperature)
 
-    def _update_dictionary(self, features: Tensor) -> None:
-        """Rebuild the confounder dictionary from logits of its images, with KDCI."""
+    def _update_dictionary(self, features: Tensor, *, is_part: bool = False) -> None:
+        """Rebuild the confounder dictionary from logits of its images, with KDCI.
+
+        Args:
+            features: The logits, on each process all or its part of them.
+            is_part: Which of the two.
+        """
         if self.kdci is None:
             return
-        if len(features) < self.kdci.num_prototypes:
+        count = len(features) * (self.world.size if is_part else 1)
+        if count < self.kdci.num_prototypes:
             raise UserError(
-                f"kdci_prototypes={self.kdci.num_prototypes} must be <= the {len(features)} images "
+                f"kdci_prototypes={self.kdci.num_prototypes} must be <= the {count} images "
                 "that the dictionary is built from: lower it or raise the batch size"
             )
-        self.kdci.update(features, generator=self._dictionary_stream)
+        # Of all logits, which every process has, each makes the same.
+        group = self.world.group if is_part else None
+        self.kdci.update(features, generator=self._dictionary_stream, group=group)
 
     @property
     def _dictionary_stream(self) -> torch.Generator:
@@ -413,7 +434,7 @@ class Distillation:
         if synthesis is None:
             return
         if synthesis.images is not None:
-            self.health.saw(synthesis.images)
+            self.health.saw(self.world.gather(synthesis.images))
         self.log.add(
             self.step, {f"generator_{name}": term for name, term in synthesis.losses.items()}
         )
@@ -421,7 +442,7 @@ class Distillation:
             features = self._dictionary_features(synthesis.batch)
             largest = {"the teacher's prediction for the dictionary": features.abs().amax()}
             self.log.watch(f"step {self.step} (round {self.round})", largest)
-            self._update_dictionary(features)
+            self._update_dictionary(features, is_part=True)
 
     def _watch(self, terms: Mapping[str, Tensor]) -> None:
         """Look at the terms of a step of the generator phase."""
@@ -479,7 +500,7 @@ class Distillation:
             ``dictionary_entropy``: ``-sum p log p`` of the dictionary's proportions (as shares), in
             nats: log K where all prototypes are equally common, 0 where one is all.
             ``compensation_ratio``: ``mean |F| / mean |S|``, the size of the compensation relative
-            to the student's logits, on the last batch.
+            to the student's logits, on the last batch. All processes must call it.
         """
         logits = self._compensated_logits
         if self.kdci is None or logits is None:
@@ -489,12 +510,17 @@ class Distillation:
         # Looking must not change the run: the ablation with random attention draws.
         with self.randomness.untouched():
             size = (self.kdci(logits) - logits).abs().mean()
-        values = torch.stack([torch.special.entr(shares).sum(), size / logits.abs().mean()])
+        mean = self.world.mean
+        ratio_of_means = mean(size) / mean(logits.abs().mean())
+        values = torch.stack([torch.special.entr(shares).sum(), ratio_of_means])
         entropy, ratio = values.tolist()
         return {"dictionary_entropy": entropy, "compensation_ratio": ratio}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the rest of the run depends on."""
+        """Return everything that the rest of the run depends on.
+
+        Called on all processes it is the same on all, whatever their number.
+        """
         return {
             "teacher": self._teacher_fingerprint,
             "dictionary_model": self._dictionary_fingerprint,
@@ -505,11 +531,12 @@ class Distillation:
             "kdci": None if self.kdci is None else self.kdci.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
-            "class_counts": self.class_counts,
+            "class_counts": self.world.sum(self.class_counts),
             "log": self.log.state_dict(),
             "health": self.health.state_dict(),
             "precision": self.precision.state_dict(),
             "randomness": self.randomness.state_dict(),
+            "other_processes": self.world.objects(self.randomness.global_state())[1:],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -535,11 +562,12 @@ class Distillation:
             self.kdci.load_state_dict(state["kdci"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
-        self.class_counts.copy_(state["class_counts"])
+        if self.world.is_first:  # which adds the others'
+            self.class_counts.copy_(state["class_counts"])
         self.log.load_state_dict(state["log"])
         self.health.load_state_dict(state["health"])
         self.precision.load_state_dict(state["precision"])
-        self.randomness.load_state_dict(state["randomness"])
+        self.randomness.load_state_dict(state["randomness"], state.get("other_processes", ()))
 
 
 def distill(config: DistillConfig[Any]) -> RunResult:
@@ -561,11 +589,18 @@ def distill(config: DistillConfig[Any]) -> RunResult:
         >>> distill(config).accuracy
     """
     check(config)
+    with connect(config.training.device) as world:
+        result: RunResult = world.from_first(_distill(config, world))
+        return result
+
+
+def _distill(config: DistillConfig[Any], world: World) -> RunResult | None:
+    """Run this process's part of a distillation; the first one has the results."""
     task, output = config.task, config.output
     assert task.teacher is not None
     if output.tensorboard:
         summary_writer()  # before anything is computed or written
-    device = resolve_device(config.training.device)
+    device = resolve_device(local_device(config.training.device))
     teacher = load_network(
         task.teacher,
         task.teacher_weights,
@@ -574,7 +609,9 @@ def distill(config: DistillConfig[Any]) -> RunResult:
         network_args=task.teacher_args,
         given=config.input,
     )
-    run = Distillation(config, teacher, device)
+    run = Distillation(config, teacher, device, world)
+    if not world.is_first:
+        return _Session(run, None, None).finish()
     test: LabelledImages | None = None
     if task.evaluate:
         if run.dataset is None:
@@ -600,9 +637,15 @@ def distill(config: DistillConfig[Any]) -> RunResult:
 
 
 class _Session:
-    """A `Distillation` with its folder, clock and reports."""
+    """A `Distillation` with its folder, clock and reports.
 
-    def __init__(self, run: Distillation, folder: RunFolder, test: LabelledImages | None) -> None:
+    Of several processes the first one has a folder and test images; the others have neither, write
+    nothing and print nothing.
+    """
+
+    def __init__(
+        self, run: Distillation, folder: RunFolder | None, test: LabelledImages | None
+    ) -> None:
         self.run = run
         self.folder = folder
         self.test = test
@@ -613,35 +656,53 @@ class _Session:
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         self.teacher_accuracy = None if test is None else accuracy(run.teacher, test, run.device)
-        state = resume_checkpoint(folder.checkpoint) if run.config.output.resume else None
+        state = self._saved_state()
         if state is not None:
             run.load_state_dict(state["run"])
             self.rows, self.seconds = state["rows"], state["seconds"]
             self.peak_memory_mb = state.get("peak_memory_mb", 0.0)
         else:
             run.prepare()
-        if run.unlabelled is not None and run.unlabelled.skipped.count:
+        if folder and run.unlabelled is not None and run.unlabelled.skipped.count:
             write_atomically(folder.skipped, run.unlabelled.skipped.write)
         run.unlabelled = None  # it may hold all candidates
         # Time of the run at its last checkpoint.
         self._saved_at = self.seconds
 
-    def finish(self) -> RunResult:
-        """Run to the end, or to Ctrl-C."""
+    def _saved_state(self) -> dict[str, Any] | None:
+        """Return the checkpoint to go on from, which the first process reads for all."""
+        world = self.run.world
+        if not self.run.config.output.resume:
+            return None
+        state = None if self.folder is None else resume_checkpoint(self.folder.checkpoint)
+        if world.size == 1:
+            return state
+        contents = None
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            contents = buffer.getvalue()
+        contents = world.bytes_from_first(contents)
+        return None if contents is None else load_checkpoint(Path("checkpoint"), contents)
+
+    def finish(self) -> RunResult | None:
+        """Run to the end, or to Ctrl-C; the first process has the results."""
         run, output = self.run, self.run.config.output
-        if output.tensorboard:
+        if output.tensorboard and self.folder is not None:
             self.scalars = Scalars(self.folder.tensorboard, run.step)
         compensation = "with KDCI" if run.kdci is not None else "without KDCI"
         title = f"{run.config.method} {compensation}"
         progress = Progress(
-            title, run.warmup_rounds + run.total_steps, min(run.round, run.warmup_rounds) + run.step
+            *(title, run.warmup_rounds + run.total_steps),
+            min(run.round, run.warmup_rounds) + run.step,
+            is_shown=run.world.is_first,
         )
         if self.teacher_accuracy is not None:
             progress.note(f"teacher: {self.teacher_accuracy:.2f} %")
         begin = time.monotonic() - self.seconds
         try:
-            with StopRequest() as stop:
-                start = RoundStart(run.state_dict)
+            with StopRequest(is_announced=run.world.is_first) as stop:
+                start = RoundStart(run.state_dict, is_kept=run.world.size == 1)
                 run.wants_to_abandon = lambda: stop.requested and start.state is not None
                 while run.step < run.total_steps:
                     before = run.step
@@ -658,11 +719,15 @@ class _Session:
                         self._end_epoch(epoch, progress)
                         if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
                             self._save(run.state_dict())
-                    if self._is_checkpoint_due():
-                        self._save(run.state_dict())
-                    if stop.requested:
+                    # Processes have clocks of their own, and a signal finds them at other steps.
+                    is_due, is_stopping = run.world.any(self._is_checkpoint_due(), stop.requested)
+                    if is_stopping:
                         self._stop(run.state_dict())
+                    if is_due:
+                        self._save(run.state_dict())
         except DivergenceError as error:
+            if self.folder is None:
+                raise
             saved = self.folder.checkpoint
             kept = f"the last checkpoint, {saved}, is from before" if saved.exists() else ""
             raise DivergenceError(
@@ -676,23 +741,29 @@ class _Session:
     def _stop(self, state: Mapping[str, Any]) -> NoReturn:
         """Save a state of the run, and stop it."""
         self._save(state)
+        path = "" if self.folder is None else self.folder.path
         raise Interrupted(
             f"stopped after {state['step']} of {self.run.total_steps} steps, saved in "
-            f"{self.folder.path}; {self._how_to_go_on()}"
+            f"{path}; {self._how_to_go_on()}"
         )
 
     def _end_epoch(self, epoch: int, progress: Progress) -> None:
         run, training = self.run, self.run.config.training
+        averages = run.log.averages()
+        run.log.reset()
+        compensation = run.compensation_health()
+        health = run.health.end_epoch(run.world.sum(run.class_counts))
+        if self.folder is None:
+            return
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": run.step,
             "lr": run.optimizer.param_groups[0]["lr"],
-            **run.log.averages(),
+            **averages,
         }
-        run.log.reset()
         text = ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[3:])
-        row.update(run.compensation_health())
-        row.update(run.health.end_epoch(run.class_counts))
+        row.update(compensation)
+        row.update(health)
         short = {}
         last = epoch == training.epochs
         if self.test is not None and (last or epoch % run.config.output.evaluate_every == 0):
@@ -724,6 +795,11 @@ class _Session:
         )
         if spoilt is not None:
             raise DivergenceError(f"{spoilt} became nan or infinite by step {state['step']}")
+        if self.run.world.size > 1:
+            self.run.world.require_equal("the student", fingerprint(self.run.deployed))
+        if self.folder is None:
+            self._saved_at = self.seconds
+            return
         try:
             save_checkpoint(
                 self.folder.checkpoint,
@@ -743,19 +819,23 @@ class _Session:
         return minutes > 0 and self.seconds - self._saved_at >= 60 * minutes
 
     def _how_to_go_on(self) -> str:
-        return f"go on with: kdci distill --resume --out-dir {self.folder.path}"
+        path = "" if self.folder is None else self.folder.path
+        return f"go on with: kdci distill --resume --out-dir {path}"
 
     def _measure_memory(self) -> float:
         """Return the peak so far, that of the processes before a resume included."""
         self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb(self.run.device))
         return self.peak_memory_mb
 
-    def _write_results(self) -> RunResult:
+    def _write_results(self) -> RunResult | None:
         run, folder = self.run, self.folder
+        class_counts = run.world.sum(run.class_counts)
+        if folder is None:
+            return None
         export_network(folder.weights("student"), run.deployed.network, run.info)
         picture_of_images(folder.images, run.method.preview(PREVIEW_IMAGES))
         names = None if self.test is None else self.test.class_names
-        picture_of_proportions(folder.class_proportions, run.class_counts, names)
+        picture_of_proportions(folder.class_proportions, class_counts, names)
         measured = [row["accuracy"] for row in self.rows if "accuracy" in row]
         result = RunResult(
             accuracy=measured[-1] if measured else None,

@@ -19,6 +19,16 @@ class StudyError(RuntimeError):
     """A study has no complete result, or one below a stated floor."""
 
 
+class PeerError(RuntimeError):
+    """Another process of the run failed, which says why.
+
+    Attributes:
+        is_unexplained: Whether no process said why, so that this one must speak.
+    """
+
+    is_unexplained = False
+
+
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by Ctrl-C after its state was saved; the message says how to resume."""
 

@@ -26,10 +26,13 @@ class RoundStart:
 
     Args:
         state_dict: Returns the state.
+        is_kept: False where nothing is to be kept: one of several processes cannot give a round up
+            that the others go on with.
     """
 
-    def __init__(self, state_dict: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, state_dict: Callable[[], Mapping[str, Any]], is_kept: bool = True) -> None:
         self._state_dict = state_dict
+        self._is_kept = is_kept
         self._seconds = LONG_ROUND
         self.state: dict[str, Any] | None = None
 
@@ -37,7 +40,7 @@ class RoundStart:
     def making(self, is_round_due: bool) -> Iterator[None]:
         """Within the block, which makes a round if one is due, `state` is that from before."""
         begin = time.monotonic()
-        if is_round_due and self._seconds >= LONG_ROUND:
+        if self._is_kept and is_round_due and self._seconds >= LONG_ROUND:
             self.state = _copy(self._state_dict())
         yield
         self.state = None

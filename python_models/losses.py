@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from python_models.distributed import ALONE, Part, World
+
 
 def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Distillation loss ``KL_T(T || S) = T^2 / b * sum_bc q (log q - log r)`` of Hinton et al.
@@ -68,19 +70,22 @@ def activation_loss(features: Tensor) -> Tensor:
     return -features.abs().mean()
 
 
-def information_entropy_loss(logits: Tensor, base: Literal["e", "2", "10"] = "e") -> Tensor:
+def information_entropy_loss(
+    logits: Tensor, base: Literal["e", "2", "10"] = "e", world: World = ALONE
+) -> Tensor:
     """Negative entropy of the batch's mean prediction: all classes should occur (DAFL, MosaicKD).
 
     Args:
         logits: Teacher logits, ``[b, c]``.
         base: Base of the logarithm. DAFL's released code uses 10, the benchmark form ``e``,
             MosaicKD 2.
+        world: Processes whose logits make one batch.
 
     Returns:
         Scalar ``sum_c m_c log m_c`` with ``m = mean_b softmax(t)``.
     """
     # Clamped, since the derivative of m log m at an absent class is infinite.
-    mean = F.softmax(logits, dim=1).mean(0).clamp(min=torch.finfo(logits.dtype).tiny)
+    mean = world.mean(F.softmax(logits, dim=1).mean(0)).clamp(min=torch.finfo(logits.dtype).tiny)
     negative_entropy = (mean * mean.log()).sum()
     return negative_entropy if base == "e" else negative_entropy / math.log(float(base))
 
@@ -293,6 +298,7 @@ class BatchNormStatistics:
     Args:
         network: The teacher. Its parameters and buffers are not touched.
         momentum: ``a`` in [0, 1).
+        world: Processes whose images make one batch.
 
     Raises:
         ValueError: If the network has no BatchNorm layer with running statistics.
@@ -303,11 +309,12 @@ class BatchNormStatistics:
         >>> statistics.loss().backward()
     """
 
-    def __init__(self, network: nn.Module, momentum: float = 0.0) -> None:
+    def __init__(self, network: nn.Module, momentum: float = 0.0, world: World = ALONE) -> None:
         layers = batch_norm_layers(network)
         if not layers:
             raise ValueError("the network has no BatchNorm layer with running statistics")
         self.momentum = momentum
+        self._world = world
         self._layers = layers
         self._batch: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(layers)
         self._average: list[tuple[Tensor, Tensor]] | None = None
@@ -320,9 +327,18 @@ class BatchNormStatistics:
         ]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._world.size > 1 and kind is None:
+            self._pool_batch()
+
+    def _pool_batch(self) -> None:
+        """Replace this process's statistics by those of all processes' images, in one exchange."""
+        sizes = [len(mean) for mean, _ in self._batch]
+        means, variances = (torch.cat(each) for each in zip(*self._batch, strict=True))
+        pooled = self._world.pooled_moments(means, variances)
+        self._batch = list(zip(*(torch.split(each, sizes) for each in pooled), strict=True))
 
     def _reader(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -440,17 +456,24 @@ def _neighbour_differences(images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     )
 
 
-def total_variation_l2(images: Tensor) -> Tensor:
+def _norm(values: Tensor, world: World) -> Tensor:
+    """Return the Euclidean norm of all processes' values, that of the vector of their norms."""
+    own: Tensor = torch.linalg.vector_norm(values)
+    return own if world.size == 1 else torch.linalg.vector_norm(world.gather(own[None]))
+
+
+def total_variation_l2(images: Tensor, world: World = ALONE) -> Tensor:
     """Roughness of images, as norms over the whole batch (DeepInversion).
 
     Args:
         images: ``[b, c, h, w]``.
+        world: Processes whose images make one batch.
 
     Returns:
         Scalar ``sum_d ||D_d x||_2`` over the differences ``D_d`` to the right, lower and both
         diagonal neighbours.
     """
-    norms = [torch.linalg.vector_norm(change) for change in _neighbour_differences(images)]
+    norms = [_norm(change, world) for change in _neighbour_differences(images)]
     return torch.stack(norms).sum()
 
 
@@ -466,23 +489,29 @@ def total_variation_l1(images: Tensor) -> Tensor:
     return torch.stack([change.abs().mean() for change in _neighbour_differences(images)]).sum()
 
 
-def image_norm(images: Tensor, over: Literal["batch", "image"] = "batch") -> Tensor:
+def image_norm(
+    images: Tensor, over: Literal["batch", "image"] = "batch", world: World = ALONE
+) -> Tensor:
     """Un-squared Euclidean norm of images (DeepInversion).
 
     Args:
         images: ``[b, c, h, w]``.
         over: ``batch``: one norm of all values (its CIFAR-10 form); ``image``: the mean of the
             images' norms (its ImageNet form).
+        world: Processes whose images make one batch.
 
     Returns:
         Scalar ``||x||_2`` or ``mean_b ||x_b||_2``.
     """
-    rows = images.reshape(1, -1) if over == "batch" else images.flatten(1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    if over == "batch":
+        return _norm(images, world)
+    norms: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
     return norms.mean()
 
 
-def competition_loss(student: Tensor, teacher: Tensor, *, clamped: bool = True) -> Tensor:
+def competition_loss(
+    student: Tensor, teacher: Tensor, *, clamped: bool = True, world: World = ALONE
+) -> Tensor:
     """Agreement of student and teacher, by a Jensen-Shannon divergence (Adaptive DeepInversion).
 
     With ``P = softmax(s / 3)``, ``Q = softmax(t / 3)`` and ``M = (P + Q) / 2``, each then clamped
@@ -494,6 +523,7 @@ def competition_loss(student: Tensor, teacher: Tensor, *, clamped: bool = True) 
         student: Student logits, ``[b, c]``.
         teacher: Teacher logits, ``[b, c]``; gradients flow into both.
         clamped: ``1 - clamp(J, 0, 1)`` (DeepInversion) or ``-J`` (the benchmark form).
+        world: Processes whose images make one batch.
 
     Returns:
         Scalar.
@@ -505,11 +535,16 @@ def competition_loss(student: Tensor, teacher: Tensor, *, clamped: bool = True) 
         for other in (p, q)
     )
     assert isinstance(divergence, Tensor)
+    divergence = world.mean(divergence)
     return 1 - divergence.clamp(0, 1) if clamped else -divergence
 
 
 def contrastive_loss(
-    local: Tensor, global_: Tensor, num_current: int, temperature: float
+    local: Tensor,
+    global_: Tensor,
+    num_current: int,
+    temperature: float,
+    part: Part | None = None,
 ) -> Tensor:
     """InfoNCE between two views of each image (CMI): each local view should find its global one.
 
@@ -521,12 +556,15 @@ def contrastive_loss(
         global_: Unit vectors ``v`` of the global views, ``[n, k]``; constants.
         num_current: How many of the rows are of current images.
         temperature: Positive.
+        part: Which of more current images, all of which are columns, are rows; by default all.
 
     Returns:
         Scalar.
     """
     similarities = local @ global_.detach().T / temperature
     own = torch.arange(len(local), device=local.device)
+    if part is not None:
+        own = own + torch.where(own < num_current, part.start, part.total - num_current)
     terms = F.cross_entropy(similarities, own, reduction="none")
     if num_current == len(local):
         return terms.mean()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from python_models.errors import UserError
 
@@ -24,15 +25,22 @@ class Randomness:
     Args:
         seed: The run's seed.
         device: Where the streams of `on_device` draw.
+        rank: Number of this process, of several that share all but torch's global streams: what
+            modules such as dropout draw is for a process's own rows.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
+    def __init__(self, seed: int, device: torch.device, rank: int = 0) -> None:
         self.seed = seed
         self.device = device
+        self.rank = rank
         self._streams: dict[str, torch.Generator] = {}
         # User modules, such as dropout in a student, draw from the global streams.
-        torch.manual_seed(seed)
+        torch.manual_seed(self._global_seed)
         random.seed(seed)
+
+    @property
+    def _global_seed(self) -> int:
+        return self.stream_seed(f"process {self.rank}") if self.rank else self.seed
 
     def stream_seed(self, name: str) -> int:
         """Return the seed of a stream."""
@@ -73,15 +81,32 @@ class Randomness:
                 name: {"on_cpu": stream.device.type == "cpu", "state": stream.get_state()}
                 for name, stream in self._streams.items()
             },
-            "torch": torch.get_rng_state(),
             "python": [version, list(words), gauss],
+            **self.global_state(),
         }
+        return state
+
+    def global_state(self) -> dict[str, Tensor]:
+        """Return the state of torch's global streams, which of several processes each has."""
+        state = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _load_global_state(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"].cpu())
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+
+    def load_state_dict(
+        self, state: dict[str, Any], others: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Restore what `state_dict` returned.
+
+        Args:
+            state: That of the first process.
+            others: The `global_state` of those after it. A process that was not there then draws
+                from its seed.
 
         Raises:
             UserError: If it was saved on another kind of device, whose streams differ.
@@ -94,8 +119,9 @@ class Randomness:
                     "and draws other random numbers: resume on the same kind"
                 )
             stream.set_state(saved["state"].cpu())
-        torch.set_rng_state(state["torch"].cpu())
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+        if self.rank <= len(others):
+            self._load_global_state([state, *others][self.rank])
+        else:
+            torch.manual_seed(self._global_seed)

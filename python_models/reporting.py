@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from python_models.checkpoint import remove_temporaries, write_atomically
+from python_models.distributed import ALONE, World
 from python_models.errors import DivergenceError, UserError
 
 METRICS = {
@@ -162,9 +163,11 @@ class LossLog:
 
     Args:
         device: Where the losses are.
+        world: The processes; what is recorded is the mean of theirs.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, world: World = ALONE) -> None:
+        self._world = world
         self._interval = 1 if device.type == "cpu" else 20
         # Where, what, its value, and the term's name where it counts in the averages.
         self._pending: list[tuple[str, str, Tensor, str | None]] = []
@@ -211,7 +214,8 @@ class LossLog:
         """
         if not self._pending:
             return
-        values = torch.stack([value.double() for _, _, value, _ in self._pending]).tolist()
+        stacked = torch.stack([value.double() for _, _, value, _ in self._pending])
+        values = self._world.mean(stacked).tolist()
         for (where, what, _, name), value in zip(self._pending, values, strict=True):
             if value != value or value in (float("inf"), float("-inf")):
                 raise DivergenceError(f"{what} became {value} at {where}")
@@ -279,9 +283,11 @@ class Progress:
         title: What is running.
         total: Number of steps.
         done: Steps made before.
+        is_shown: Whether to show anything: of several processes one does.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, done: int = 0, *, is_shown: bool = True) -> None:
+        self._is_shown = is_shown
         self._title = title
         self._total = total
         self._done = done
@@ -289,7 +295,7 @@ class Progress:
         self._begin = time.monotonic()
         self._fields: dict[str, str] = {}
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if is_shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -314,6 +320,8 @@ class Progress:
         if self._bar is not None:
             self._fields.update(fields)
             return
+        if not self._is_shown:
+            return
         made = self._done - self._first
         spent = time.monotonic() - self._begin
         left = spent / made * (self._total - self._done) if made else 0.0
@@ -323,7 +331,7 @@ class Progress:
         """Print a line without disturbing the bar."""
         if self._bar is not None:
             self._bar.write(text)
-        else:
+        elif self._is_shown:
             print(text, flush=True)
 
     def close(self) -> None:

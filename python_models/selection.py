@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from python_models.distributed import ALONE, World
+
 ROOM = 2**20
 """Numbers of new rows that there is room for at least."""
 COLUMNS = 4
@@ -133,7 +135,11 @@ class Selection(NamedTuple):
 
 @torch.no_grad()
 def select_images(
-    stream: Iterable[tuple[Tensor, Tensor]], count: int, num_classes: int, by: Ranking
+    stream: Iterable[tuple[Tensor, Tensor]],
+    count: int,
+    num_classes: int,
+    by: Ranking,
+    world: World = ALONE,
 ) -> Selection:
     """Select images by a teacher's logits, in one pass with bounded memory.
 
@@ -144,6 +150,7 @@ def select_images(
         count: Number of images to select.
         num_classes: Number of logits ``c``.
         by: What makes an image a good one.
+        world: Processes with a stream each, of which the images of all are selected.
 
     Returns:
         The ``n <= count`` best images, of equals the earlier one. An image whose logits are NaN is
@@ -158,5 +165,14 @@ def select_images(
         total += confidence.nan_to_num(nan=0.0).sum()
         seen += len(positions)
         top.add(_SCORES[by](log_p), positions, logits)
-    _, indices, rows = top.result()
+    scores, indices, rows = top.result()
+    if world.size > 1:
+        # The best of all are among the best of each. Positions must ascend.
+        order = indices.argsort()
+        columns = [world.gather_uneven(column[order]) for column in (scores, indices, rows)]
+        order = columns[1].argsort()
+        top = TopRows(count, num_classes)
+        top.add(*(column[order] for column in columns))
+        _, indices, rows = top.result()
+        total, seen = world.sum(total), int(world.sum(torch.tensor(seen)))
     return Selection(indices, rows, (total / max(seen, 1)).item())

@@ -113,7 +113,7 @@ def test_the_joint_dictionary_is_that_of_the_steps_own_images(
     learned: list[Tensor] = []
     update, loss = run.kdci.update, run.kdci.loss
     monkeypatch.setattr(
-        run.kdci, "update", lambda x, generator: (features.append(x), update(x, generator))
+        run.kdci, "update", lambda x, **options: (features.append(x), update(x, **options))
     )
     monkeypatch.setattr(
         run.kdci, "loss", lambda s, t, *rest: (learned.append(t), loss(s, t, *rest))[1]

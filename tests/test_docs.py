@@ -23,7 +23,7 @@ from python_models.data import DATASETS
 from python_models.methods import METHODS
 from python_models.networks import NETWORKS
 
-MODULES = ["", "._load", ".functional", ".modules", ".streaming"]
+MODULES = ["", "._load", ".distributed", ".functional", ".modules", ".streaming"]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
@@ -96,6 +96,7 @@ def test_public_names_are_documented():
         *("functional.compensate", "functional.compensated_kd_loss"),
         *("functional.confounder_dictionary", "streaming.stream_confounder_dictionary"),
         *("streaming.column_moments", "streaming.partial_sums"),
+        "distributed_confounder_dictionary",
     ]
     for name in functions:
         doc = operator.attrgetter(name)(kdci_ext).__doc__
@@ -172,9 +173,11 @@ def test_every_command_is_documented(tables: ModuleType) -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     page = (DOCS / "reference" / "library.md").read_text()
-    modules = ("functional", "reference", "streaming")
+    modules = ("distributed", "functional", "reference", "streaming")
     names = [name for name in kdci_ext.__all__ if name not in modules]
-    names += [f"streaming.{name}" for name in kdci_ext.streaming.__all__ if name not in names]
+    for module in ("distributed", "streaming"):
+        public = getattr(kdci_ext, module).__all__
+        names += [f"{module}.{name}" for name in public if name not in names]
     for name in names:
         assert f":: kdci_ext.{name}\n" in page, name
 

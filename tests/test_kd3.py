@@ -317,7 +317,7 @@ def test_the_dictionary_is_built_from_the_first_selection(
     features: list[Tensor] = []
     original = run.kdci.update
     monkeypatch.setattr(
-        run.kdci, "update", lambda x, generator: (features.append(x), original(x, generator))
+        run.kdci, "update", lambda x, **options: (features.append(x), original(x, **options))
     )
     run.prepare()
     expected = run.teacher(to_float(method.images[method.selected]))

@@ -40,9 +40,9 @@ def watch_updates(run: Distillation) -> list[Tensor]:
     assert run.kdci is not None
     original = run.kdci.update
 
-    def update(rows: Tensor, generator: torch.Generator) -> Any:
+    def update(rows: Tensor, **options: Any) -> Any:
         features.append(rows)
-        return original(rows, generator)
+        return original(rows, **options)
 
     run.kdci.update = update  # type: ignore[method-assign, assignment]
     return features

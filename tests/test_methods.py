@@ -157,7 +157,7 @@ def test_the_dictionary_is_rebuilt_in_each_round_from_its_one_mini_batch(
     features: list[Tensor] = []
     original = run.kdci.update
     monkeypatch.setattr(
-        run.kdci, "update", lambda x, generator: (features.append(x), original(x, generator))
+        run.kdci, "update", lambda x, **options: (features.append(x), original(x, **options))
     )
     run.prepare()
     while run.step < 4:
@@ -175,7 +175,7 @@ def test_the_dictionary_of_a_sampling_method_is_built_once_from_all_samples(
     features: list[Tensor] = []
     original = run.kdci.update
     monkeypatch.setattr(
-        run.kdci, "update", lambda x, generator: (features.append(x), original(x, generator))
+        run.kdci, "update", lambda x, **options: (features.append(x), original(x, **options))
     )
     run.prepare()
     while run.step < 4:

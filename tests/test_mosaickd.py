@@ -131,7 +131,7 @@ def test_one_dictionary_of_all_selected_images_compensates_the_whole_batch(
     compensated: list[int] = []
     update, loss = run.kdci.update, run.kdci.loss
     monkeypatch.setattr(
-        run.kdci, "update", lambda x, generator: (features.append(x), update(x, generator))
+        run.kdci, "update", lambda x, **options: (features.append(x), update(x, **options))
     )
     monkeypatch.setattr(
         run.kdci, "loss", lambda s, *rest: (compensated.append(len(s)), loss(s, *rest))[1]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from python_models.distributed import Part
+
 
 class RandomCropFlip:
     """Pads with zeros, crops back at a random offset and mirrors with probability 1/2, per image.
@@ -35,13 +37,19 @@ class RandomCropFlip:
         self.padding = padding
         self.flip = flip
 
-    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        part: Part | None = None,
+    ) -> Tensor:
         """Returns augmented copies of images [b, c, h, w] of any dtype.
 
         Args:
             images: the batch; not changed.
             generator: source of randomness on any device; torch's own one for the images' device
                 if not given.
+            part: which rows of a larger batch these are, whose random numbers are all drawn.
 
         Raises:
             ValueError: if `images` is not [b, c, h, w].
@@ -49,14 +57,15 @@ class RandomCropFlip:
         if images.dim() != 4:
             raise ValueError(f"images must have shape [b, c, h, w], got {list(images.shape)}")
         device = images.device if generator is None else generator.device
-        size = (2, len(images))
+        start, stop, total = part or (0, len(images), len(images))
         shifts = torch.randint(
-            -self.padding, self.padding + 1, size, generator=generator, device=device
+            -self.padding, self.padding + 1, (2, total), generator=generator, device=device
         )
-        flips = torch.zeros(len(images), dtype=torch.bool, device=device)
+        flips = torch.zeros(total, dtype=torch.bool, device=device)
         if self.flip:
-            flips = torch.rand(len(images), generator=generator, device=device) < 0.5
-        shifts, flips = shifts.to(images.device), flips.to(images.device)
+            flips = torch.rand(total, generator=generator, device=device) < 0.5
+        shifts = shifts[:, start:stop].to(images.device)
+        flips = flips[start:stop].to(images.device)
         shifted: Tensor = _ShiftFlip.apply(images, shifts[0], shifts[1], flips, self.padding)
         return shifted
 
@@ -179,15 +188,20 @@ class RandomResizedCropFlip:
         self.ratio = ratio
         self.flip = flip
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, images: Tensor, generator: torch.Generator, part: Part | None = None
+    ) -> Tensor:
         """Returns augmented copies of floating-point images [b, c, h, w].
 
         Args:
             images: the batch; not changed.
             generator: source of randomness on any device.
+            part: which rows of a larger batch these are, whose random numbers are all drawn.
         """
         count, _, height, width = images.shape
-        boxes, flips = self._draw(count, height, width, generator)
+        start, stop, total = part or (0, count, count)
+        boxes, flips = self._draw(total, height, width, generator)
+        boxes, flips = boxes[:, start:stop], flips[start:stop]
         top, left, box_height, box_width = boxes.to(images.device, images.dtype).unbind()
         flips = flips.to(images.device)
         rows = _bilinear(top, box_height, height, torch.zeros_like(flips))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from python_models.data.images import to_float, to_uint8
+from python_models.distributed import Part
 
 
 class ImagePool:
@@ -117,7 +118,9 @@ class ImagePool:
         rows = owner[taken].to(images.device)
         self._images[taken.to(self.device)] = images[rows].to(self.device)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, part: Part | None = None
+    ) -> Tensor:
         """Draws `n` random images, float32 [n, c, h, w] in [0, 1].
 
         No image comes twice before all have come once.
@@ -126,6 +129,7 @@ class ImagePool:
             n: number of images.
             generator: source of randomness on any device; torch's own one for the pool's device if
                 not given.
+            part: which of them to return, by default all; `n` are drawn anyway.
 
         Raises:
             ValueError: if `n` is negative.
@@ -141,6 +145,8 @@ class ImagePool:
             for _ in range(-(-n // len(self)))
         ]
         index = torch.cat(rounds)[:n] if rounds else torch.empty(0, dtype=torch.long, device=device)
+        if part is not None:
+            index = index[part.rows]
         return to_float(self._images.index_select(0, index.to(self.device)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ positions of the images that were kept. Positions count what cannot be read too,
 the same whatever is damaged.
 """
 
+import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from python_models.data.decode import (
 from python_models.data.formats import CorruptDataError, MissingDataError, read_npz
 from python_models.data.images import fit
 from python_models.data.labelled import LabelledData, find_split, load_labelled
+from python_models.distributed import World
 
 READ_SIZE = 1024
 """Images read at a time where a caller does not say; fewer if they are large."""
@@ -53,8 +55,13 @@ class UnlabelledImages(ABC):
         """Returns the number of images; those that turn out to be unreadable count."""
 
     @abstractmethod
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, rank: int = 0, size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterates once over all images, in the order of their positions.
+
+        Args:
+            rank: number of this process, of `size` that read the images together: it gets each
+                `size`-th batch. They call `share_skipped` then, which raises and warns for all.
+            size: number of these processes.
 
         Yields:
             Positions, int64 [b], and images, uint8 [b, channels, size, size].
@@ -65,6 +72,17 @@ class UnlabelledImages(ABC):
         Warns:
             UserWarning: at the end, if some images cannot be read; they are left out.
         """
+
+    def share_skipped(self, world: World) -> None:
+        """Brings together what several processes left out, each in its batches.
+
+        Raises:
+            CorruptDataError: if no image can be read; on all processes.
+
+        Warns:
+            UserWarning: on the first one, if some images cannot be read.
+        """
+        return None
 
     @abstractmethod
     def take(self, positions: Tensor) -> Tensor:
@@ -114,9 +132,9 @@ class ImageArray(UnlabelledImages):
         """Returns the number of images."""
         return len(self._images)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterates once over all images."""
-        for positions in torch.split(torch.arange(len(self)), self.batch_size):
+    def batches(self, rank: int = 0, size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates once over all images, or over each `size`-th batch of them."""
+        for positions in torch.split(torch.arange(len(self)), self.batch_size)[rank::size]:
             yield positions, self._load(positions)
 
     def take(self, positions: Tensor) -> Tensor:
@@ -154,30 +172,50 @@ class ImageTree(UnlabelledImages):
         """Returns the number of files."""
         return self._count
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterates once over all images."""
-        return self._read(None)
+    def batches(self, rank: int = 0, size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates once over all images, or over each `size`-th batch of them."""
+        return self._read(None, rank, size)
 
-    def _read(self, wanted: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(
+        self, wanted: Tensor | None, rank: int = 0, size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterates over the images at some positions, which must ascend, or over all."""
         self.skipped = skipped = SkippedFiles()
         total = self._count if wanted is None else len(wanted)
-        unreadable = 0
+        self._unreadable = 0
+        # All processes walk through the folder; one notes what is wrong with it.
+        chunks = self._chunks(wanted, skipped if rank == 0 else None)
         for positions, images, rows in decode_batches(
-            self._chunks(wanted, skipped), self.target, skipped
+            itertools.islice(chunks, rank, None, size), self.target, skipped
         ):
-            unreadable += len(positions) - len(rows)
+            self._unreadable += len(positions) - len(rows)
             if len(rows):
                 yield positions[rows], images
-        if unreadable == total:
+        if size == 1:
+            self._report(total, skipped)
+
+    def share_skipped(self, world: World) -> None:
+        """Brings together what several processes left out, each in its batches."""
+        if world.size == 1:
+            return
+        found = world.objects((self._unreadable, self.skipped.count, self.skipped.entries))
+        self._unreadable = sum(unreadable for unreadable, _, _ in found)
+        self.skipped = skipped = SkippedFiles()
+        skipped.count = sum(count for _, count, _ in found)
+        skipped.entries = [entry for _, _, entries in found for entry in entries]
+        del skipped.entries[SkippedFiles.KEEP :]
+        self._report(self._count, skipped, is_warned=world.is_first)
+
+    def _report(self, total: int, skipped: SkippedFiles, *, is_warned: bool = True) -> None:
+        if self._unreadable == total:
             raise CorruptDataError(
                 f"{self.folder}: none of the {total} images can be read: {skipped}"
             )
-        if skipped.count:
+        if skipped.count and is_warned:
             warnings.warn(
                 f"{self.folder}: left out {skipped.count} of {total} images that cannot be read: "
                 f"{skipped}",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _chunks(

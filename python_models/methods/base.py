@@ -29,7 +29,8 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from python_models.data import LabelledData, UnlabelledImages
+from python_models.data import LabelledData, UnlabelledImages, to_float
+from python_models.distributed import ALONE, World, shared_chunks
 from python_models.networks import Classifier, Generator, build_generator
 from python_models.precision import Precision
 from python_models.randomness import Randomness
@@ -74,6 +75,7 @@ class Context:
         precision: How networks compute; teacher, student and `generate` see to it themselves.
         watch: Is shown the terms of each step of a generator phase, to stop the run where one is
             not finite; see `methods.descent`.
+        world: The processes of the run; sizes of batches are those of all of them.
     """
 
     teacher: Classifier
@@ -91,11 +93,12 @@ class Context:
     load_labelled: Callable[[], LabelledData]
     precision: Precision = field(default_factory=Precision)
     watch: Callable[[Mapping[str, Tensor]], None] = lambda terms: None
+    world: World = ALONE
 
 
 @dataclass
 class Batch:
-    """Images of one student step.
+    """Images of one student step: this process's rows of them.
 
     Attributes:
         images: Float ``[b, c, h, w]`` in [0, 1].
@@ -161,6 +164,8 @@ class Method(ABC, Generic[SettingsT]):
         needs_features: Whose vector before the last layer the method reads: "teacher", "student".
 
     Attributes:
+        world: The processes of the run, all of which hold the same and work on their rows of each
+            batch; see `python_models.distributed`.
         parts: What a checkpoint must hold, by name; filled by subclasses.
         images: What a sampling method selected, uint8 ``[n, c, h, w]``, after `prepare`.
     """
@@ -181,6 +186,7 @@ class Method(ABC, Generic[SettingsT]):
         self.context = context
         self.teacher = context.teacher
         self.student = context.student
+        self.world = context.world
         self.parts: dict[str, Stateful] = {}
 
     @property
@@ -277,12 +283,19 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([term for term in losses.values()]).sum()
 
 
-def backward_into(loss: Tensor, *targets: nn.Module | Tensor) -> None:
-    """Accumulate gradients in these modules' parameters and tensors, and nowhere else."""
+def backward_into(loss: Tensor, *targets: nn.Module | Tensor, world: World = ALONE) -> None:
+    """Accumulate gradients in these modules' parameters and tensors, and nowhere else.
+
+    Args:
+        loss: Scalar.
+        *targets: Without gradients yet where there are several processes.
+        world: The processes; all hold the same targets, and get the mean of the gradients.
+    """
     inputs: list[Tensor] = []
     for target in targets:
         inputs.extend(target.parameters() if isinstance(target, nn.Module) else [target])
     torch.autograd.backward(loss, inputs=inputs)
+    world.average_gradients(inputs)
 
 
 def build_image_generator(name: str, latent_dim: int, context: Context) -> Generator:
@@ -290,7 +303,7 @@ def build_image_generator(name: str, latent_dim: int, context: Context) -> Gener
     channels, size, _ = context.image_shape
     with context.randomness.initialising("generator"):
         generator = build_generator(name, latent_dim, size, channels)
-    return on_device(generator, context.device)
+    return context.world.synchronised(on_device(generator, context.device))
 
 
 def generate(generator: Generator, latents: Tensor, teacher: Classifier) -> Tensor:
@@ -301,6 +314,28 @@ def generate(generator: Generator, latents: Tensor, teacher: Classifier) -> Tens
     """
     images = teacher.precision.run(generator, latents)
     return teacher.denormalise(images) if generator.output_is_normalised else images
+
+
+@torch.no_grad()
+def logits_of(
+    chunks: Sequence[Tensor], teacher: Classifier, world: World, num_classes: int
+) -> Tensor:
+    """Return a teacher's logits of many images, ``[n, num_classes]``, on all processes.
+
+    Args:
+        chunks: The images, uint8, on any device, of which each process looks at some.
+        teacher: Makes the logits on its device.
+        world: The processes.
+        num_classes: Number of logits.
+    """
+    device = teacher.mean.device
+    own = shared_chunks(chunks, world)
+    logits = [teacher(to_float(chunk.to(device))) for chunk in own]
+    if world.size == 1:
+        return torch.cat(logits)
+    # A process without a chunk must exchange the same type.
+    logits.append(torch.empty(0, num_classes, device=device))
+    return world.gather_uneven(torch.cat(logits).float())
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:

@@ -56,6 +56,7 @@ from python_models.methods.base import (
     Deployed,
     Divergence,
     Method,
+    logits_of,
 )
 from python_models.methods.sampling import RandomOrder, SameData
 from python_models.networks.base import with_features
@@ -163,9 +164,8 @@ class CID(Method[CIDSettings]):
     @torch.no_grad()
     def prepare(self) -> Tensor:
         """Return the teacher's logits of all images, which the dictionary is built from."""
-        return torch.cat(
-            [self.teacher(to_float(images)) for images in torch.split(self.images, FEATURE_BATCH)]
-        )
+        chunks = torch.split(self.images, FEATURE_BATCH)
+        return logits_of(chunks, self.teacher, self.world, self.context.num_classes)
 
     def steps_per_pass(self) -> int:
         """Return the student steps in one pass over the training images."""
@@ -185,8 +185,9 @@ class CID(Method[CIDSettings]):
 
     def next_batch(self) -> LabelledBatch:
         """Return augmented training images of a random order without repetition."""
-        rows = self.order.take(self.context.batch_size)
-        images = self.augment(to_float(self.images[rows]), self._augment_stream)
+        part = self.world.part(self.context.batch_size)
+        rows = self.order.take(self.context.batch_size)[part.rows]
+        images = self.augment(to_float(self.images[rows]), self._augment_stream, part)
         with torch.no_grad():
             features = self.teacher.features(images)
             logits = self.teacher.classify(features)
@@ -201,10 +202,14 @@ class CID(Method[CIDSettings]):
         s = self.settings
         features = self.student.features(batch.images)
         logits = self.student.classify(features)
-        self._add_to_context(features.detach(), batch.teacher_logits, batch.labels)
         aligned = losses.normalised_mse_loss(self.transform(features), batch.teacher_features)
+        # Classes have their images, and their relations, in all processes.
+        of_all = self.world.gather(features)
+        labels = self.world.gather(batch.labels)
+        self._add_to_context(of_all.detach(), self.world.gather(batch.teacher_logits), labels)
         classes = losses.class_representation_loss(
-            features, batch.teacher_features, batch.labels, self.context.num_classes, s.form
+            *(of_all, self.world.gather(batch.teacher_features), labels),
+            *(self.context.num_classes, s.form),
         )
         terms = {
             "kd": divergence(logits, batch.teacher_logits),

@@ -188,7 +188,7 @@ class CMI(PooledMethod[CMISettings]):
         if not 0 < settings.local_scale <= 1:
             raise UserError(f"local_scale={settings.local_scale} must lie in (0, 1]")
         self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
-        self.statistics = losses.BatchNormStatistics(self.teacher)
+        self.statistics = losses.BatchNormStatistics(self.teacher, world=self.world)
         self.features = InputMeans(hooked_modules(self.teacher.network, settings.feature_hooks))
         width = self._feature_width()
         with context.randomness.initialising("head"):
@@ -203,7 +203,7 @@ class CMI(PooledMethod[CMISettings]):
             "head_optimizer": self.head_optimizer,
             "bank": self.bank,
         }
-        self.descent = Descent("generator", context.precision, context.watch)
+        self.descent = Descent("generator", context.precision, context.watch, context.world)
         self._synthesis_stream = context.randomness.on_device("synthesis")
         self._bank_stream = context.randomness.on_device("bank")
 
@@ -231,14 +231,15 @@ class CMI(PooledMethod[CMISettings]):
         optimizer = torch.optim.Adam(
             [*self.generator.parameters(), latents], lr=s.lr_g, betas=(0.5, 0.999)
         )
-        best = Best()
+        part = self.world.part(s.synthesis_batch_size)
+        best = Best(self.world)
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
-            images = generate(self.generator, latents, self.teacher)
+            images = generate(self.generator, latents[part.rows], self.teacher)
             terms, features = self.generator_losses(
-                self.global_view(images, stream),
-                self.local_view(images, stream),
-                targets,
+                self.global_view(images, stream, part),
+                self.local_view(images, stream, part),
+                targets[part.rows],
                 self.bank.sample(s.bank_sample_size, self._bank_stream),
             )
             optimizers = [optimizer, self.head_optimizer]
@@ -246,8 +247,8 @@ class CMI(PooledMethod[CMISettings]):
             best.offer(loss, images, features)
             self.descent.step()
         best_images, best_features = best.tensors
-        self.pool.add(best_images)
-        self.bank.add(best_features)
+        self.pool.add(self.world.gather(best_images))
+        self.bank.add(self.world.gather(best_features))
         return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
 
     def generator_losses(
@@ -273,9 +274,11 @@ class CMI(PooledMethod[CMISettings]):
         local_features = self.features.read()
         cached_local, cached_global = cached.chunk(2, dim=1)
         rows = self.head(torch.cat([local_features, cached_local]))
+        part = self.world.part(len(targets) * self.world.size)
         with torch.no_grad():
-            columns = self.head(torch.cat([global_features, cached_global]))
-        contrast = losses.contrastive_loss(rows, columns, len(targets), s.cr_temperature)
+            of_all = self.world.gather(global_features)
+            columns = self.head(torch.cat([of_all, cached_global]))
+        contrast = losses.contrastive_loss(rows, columns, len(targets), s.cr_temperature, part)
         terms = {
             "bn": s.bn * self.statistics.loss(),
             "oh": s.oh * losses.one_hot_loss(logits, targets),

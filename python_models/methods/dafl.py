@@ -86,7 +86,7 @@ class DAFL(Method[DAFLSettings]):
             betas=(0.9, 0.999) if self.is_joint else (0.5, 0.999),
         )
         self.parts = {"generator": self.generator, "optimizer": self.optimizer}
-        self.descent = Descent("generator", context.precision, context.watch)
+        self.descent = Descent("generator", context.precision, context.watch, context.world)
         self._latents = context.randomness.on_device("latents")
         self._fresh: Batch | None = None
         self._terms: dict[str, Tensor] = {}
@@ -109,8 +109,9 @@ class DAFL(Method[DAFLSettings]):
         return Synthesis(self._fresh, {name: term.detach() for name, term in terms.items()})
 
     def _generate(self, count: int) -> Tensor:
+        """Return this process's share of a batch of images."""
         latents = self.generator.sample_latents(count, self._latents)
-        return generate(self.generator, latents, self.teacher)
+        return generate(self.generator, self.world.share(latents), self.teacher)
 
     def generator_losses(self, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the generator's loss.
@@ -123,7 +124,7 @@ class DAFL(Method[DAFLSettings]):
         return {
             "oh": s.oh * losses.one_hot_loss(logits),
             "act": s.act * losses.activation_loss(features),
-            "ie": s.ie * losses.information_entropy_loss(logits, s.entropy_base),
+            "ie": s.ie * losses.information_entropy_loss(logits, s.entropy_base, self.world),
         }
 
     def next_batch(self) -> Batch:

@@ -114,7 +114,7 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
                 raise UserError(f"{name}={value} must be >= 0")
         if len(settings.betas) != 2 or not all(0 <= beta < 1 for beta in settings.betas):
             raise UserError(f"betas={list(settings.betas)} must be two numbers in [0, 1)")
-        self.statistics = losses.BatchNormStatistics(self.teacher)
+        self.statistics = losses.BatchNormStatistics(self.teacher, world=self.world)
         if settings.g_steps_half:
             self._require_half_size()
         self.descent = Descent("images", context.precision, context.watch)
@@ -150,12 +150,13 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
             generator=self._synthesis_stream,
             device=device,
         )
-        targets = self._draw_targets(index)
+        targets = self.world.share(self._draw_targets(index))
+        inputs = self.world.share(inputs).clone()
         if s.g_steps_half:
             inputs, _, _ = self._optimise(inputs, targets, s.g_steps_half, shrink=2)
         last, best, terms = self._optimise(inputs, targets, s.g_steps, shrink=1)
         images = self._to_images(last if s.keep == "last" else best).clamp(0, 1)
-        self.pool.add(images)
+        self.pool.add(self.world.gather(images))
         return Synthesis(Batch(images), {name: term.detach() for name, term in terms.items()})
 
     def _draw_targets(self, index: int) -> Tensor:
@@ -178,13 +179,17 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
         inputs = start.requires_grad_()
         optimizer = torch.optim.Adam([inputs], lr=s.lr_image, betas=s.betas)
         roll = RandomRollFlip(s.jitter // shrink, s.mirror)
-        best = Best()
+        best = Best(self.world)
         terms: dict[str, Tensor] = {}
         for step in range(steps):
             set_learning_rate(optimizer, self._rate(step, steps))
             seen = F.avg_pool2d(inputs, shrink) if shrink > 1 else inputs
             terms = self.image_losses(roll(seen, self._jitter_stream), targets)
             loss = self.descent.backward(terms, [optimizer], inputs)
+            if self.world.size > 1:
+                # The images are this process's alone: the mean of losses has this gradient in them.
+                assert inputs.grad is not None
+                inputs.grad /= self.world.size
             best.offer(loss, inputs)
             self.descent.step()
             if s.clip:
@@ -218,14 +223,17 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
             "bn": s.bn * self.statistics.loss(s.first_bn),
         }
         if s.tv_l2:
-            terms["tv_l2"] = s.tv_l2 * losses.total_variation_l2(inputs)
+            terms["tv_l2"] = s.tv_l2 * losses.total_variation_l2(inputs, self.world)
         if s.tv_l1:
             terms["tv_l1"] = s.tv_l1 * losses.total_variation_l1(inputs)
         if s.l2:
-            terms["l2"] = s.l2 * losses.image_norm(inputs, s.l2_over)
+            terms["l2"] = s.l2 * losses.image_norm(inputs, s.l2_over, self.world)
         if s.adi:
             terms["adi"] = s.adi * losses.competition_loss(
-                self.student(images), logits, clamped=s.adi_form == "clamped"
+                self.student(images),
+                logits,
+                clamped=s.adi_form == "clamped",
+                world=self.world,
             )
         return terms
 

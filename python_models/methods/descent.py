@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from python_models.distributed import ALONE, World
 from python_models.methods.base import backward_into, total
 from python_models.precision import Precision
 
@@ -19,9 +20,10 @@ class Descent:
         name: Of the loss; each has a scale of its own.
         precision: Of the run.
         watch: Is shown the terms of every step, to stop the run where one is not finite.
+        world: The processes, which get the mean of their gradients.
 
     Example:
-        >>> descent = Descent("generator", context.precision, context.watch)
+        >>> descent = Descent("generator", context.precision, context.watch, context.world)
         >>> for _ in range(steps):
         ...     loss = descent.backward(terms(), [optimizer], generator)
         ...     descent.step()
@@ -32,9 +34,11 @@ class Descent:
         name: str,
         precision: Precision,
         watch: Callable[[Mapping[str, Tensor]], None] | None = None,
+        world: World = ALONE,
     ) -> None:
         self._scaler = precision.scaler(name)
         self._watch = watch
+        self._world = world
         self._optimizers: Sequence[torch.optim.Optimizer] = ()
 
     def backward(
@@ -60,9 +64,10 @@ class Descent:
             optimizer.zero_grad()
         scaled = loss if self._scaler is None else self._scaler.scale(loss)
         if targets:
-            backward_into(scaled, *targets)
+            backward_into(scaled, *targets, world=self._world)
         else:
             torch.autograd.backward(scaled)
+            self._world.average_gradients(_trained_by(optimizers))
         if self._scaler is not None:
             for optimizer in optimizers:
                 self._scaler.unscale_(optimizer)
@@ -93,3 +98,9 @@ class Descent:
         for optimizer in self._optimizers:
             self._scaler.step(optimizer)
         self._scaler.update()
+
+
+def _trained_by(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]

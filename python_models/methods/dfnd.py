@@ -109,8 +109,9 @@ class DFND(SelectingMethod[DFNDSettings]):
 
     def next_batch(self) -> Batch:
         """Return the next augmented images of a random order without repetition."""
-        images = to_float(self.images[self.order.take(self.context.batch_size)])
-        return Batch(self.augment(images, self._augment_stream))
+        part = self.world.part(self.context.batch_size)
+        rows = self.order.take(self.context.batch_size)[part.rows]
+        return Batch(self.augment(to_float(self.images[rows]), self._augment_stream, part))
 
     def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
         """Return the distillation and the noise adaptation term."""

@@ -112,13 +112,13 @@ class Fast(PooledMethod[FastSettings]):
             self.latents = nn.Parameter(zeros)
             groups.append({"params": [self.latents], "lr": settings.lr_z_meta})
         self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999))
-        self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum)
+        self.statistics = losses.BatchNormStatistics(self.teacher, settings.bn_momentum, self.world)
         self.parts |= {
             "generator": self.generator,
             "optimizer": self.optimizer,
             "statistics": self.statistics,
         }
-        self.descent = Descent("generator", context.precision, context.watch)
+        self.descent = Descent("generator", context.precision, context.watch, context.world)
         self._synthesis_stream = context.randomness.on_device("synthesis")
 
     @property
@@ -141,6 +141,8 @@ class Fast(PooledMethod[FastSettings]):
             generator=stream,
             device=self.context.device,
         )
+        # All processes hold all latents, and each makes the images of its part of them.
+        part = self.world.part(s.synthesis_batch_size)
         optimizer = torch.optim.Adam(
             [
                 {"params": inner.parameters(), "lr": s.lr_g},
@@ -149,12 +151,14 @@ class Fast(PooledMethod[FastSettings]):
             betas=(0.5, 0.999),
         )
         self.optimizer.zero_grad()
-        best = Best()
+        best = Best(self.world)
         terms: dict[str, Tensor] = {}
         for _ in range(s.g_steps):
-            images = generate(inner, latents, self.teacher)
+            images = generate(inner, latents[part.rows], self.teacher)
             terms = self.generator_losses(
-                self.augment(images, stream), targets, adversarial=index >= s.warmup
+                self.augment(images, stream, part),
+                targets[part.rows],
+                adversarial=index >= s.warmup,
             )
             loss = self.descent.backward(terms, [optimizer], inner, latents)
             best.offer(loss, images)
@@ -168,7 +172,7 @@ class Fast(PooledMethod[FastSettings]):
         if s.meta != "none":
             self.optimizer.step()
         (best_images,) = best.tensors
-        self.pool.add(best_images)
+        self.pool.add(self.world.gather(best_images))
         return Synthesis(Batch(best_images), {name: term.detach() for name, term in terms.items()})
 
     def _draw_latents(self, stream: torch.Generator) -> Tensor:
@@ -217,7 +221,7 @@ class Fast(PooledMethod[FastSettings]):
         modules = list(self.generator.modules())
         # Latents that are maps begin with a convolution.
         first = next(m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
-        norm = next(m for m in modules if isinstance(m, nn.BatchNorm2d))
+        norm = next(m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm))
         with self.context.randomness.initialising("reset"):
             for layer in (first, norm):
                 nn.init.normal_(layer.weight, 0.0, 0.02)

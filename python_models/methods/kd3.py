@@ -59,6 +59,7 @@ from torch import Tensor, nn
 
 from python_models import losses
 from python_models.data import RandomResizedCropFlip, to_float
+from python_models.distributed import ALONE, World
 from python_models.errors import UserError
 from python_models.methods.base import (
     METHODS,
@@ -67,6 +68,7 @@ from python_models.methods.base import (
     Deployed,
     Divergence,
     Method,
+    logits_of,
 )
 from python_models.methods.sampling import RandomOrder, SameData
 from python_models.networks.base import with_features
@@ -150,6 +152,7 @@ class KD3(Method[KD3Settings]):
             blank = torch.zeros(1, *context.image_shape, device=device)
             map_size = self._teacher_network.feature_map(blank).shape[-2:]
             self.network = SharedClassifier(student, classifier, map_size).to(device)
+            self.network = self.world.synchronised(self.network)
             width = classifier.in_features
             self.embeddings = nn.ModuleDict(
                 {
@@ -198,12 +201,8 @@ class KD3(Method[KD3Settings]):
     def prepare(self) -> Tensor:
         """Select for the first epoch; the teacher's logits are the features of the dictionary."""
         self._select(0)
-        return torch.cat(
-            [
-                self.teacher(to_float(images.to(self.context.device)))
-                for images in torch.split(self.dictionary_images(), SELECTION_BATCH)
-            ]
-        )
+        chunks = torch.split(self.dictionary_images(), SELECTION_BATCH)
+        return logits_of(chunks, self.teacher, self.world, self.context.num_classes)
 
     def dictionary_images(self) -> Tensor:
         """Return the images that are selected now: for the dictionary, those of the first epoch."""
@@ -224,17 +223,19 @@ class KD3(Method[KD3Settings]):
         s = self.settings
         share = student_share(index, self.context.epochs, s.form)
         self.network.eval()
-        parts = []
+        confidences: list[Tensor] = []
+        classes: list[Tensor] = []
         for images in torch.split(self.images, SELECTION_BATCH):
-            augmented = self.augment(
-                to_float(images.to(self.context.device)), self._selection_stream
-            )
+            part = self.world.part(len(images))  # may be empty, of a last chunk
+            own = to_float(images[part.rows].to(self.context.device))
+            augmented = self.augment(own, self._selection_stream, part)
             normalised = self.teacher.normalise(augmented)
             teacher = self._compute(self._teacher_network, normalised)
             student = self._compute(self.network, normalised)
-            parts.append(combine(teacher, student, share, s.form).max(1))
-        confidence = torch.cat([part.values for part in parts])
-        predicted = torch.cat([part.indices for part in parts])
+            found = combine(teacher, student, share, s.form).max(1)
+            confidences.append(self.world.gather_uneven(found.values))
+            classes.append(self.world.gather_uneven(found.indices))
+        confidence, predicted = torch.cat(confidences), torch.cat(classes)
         self.selected = select(
             *(confidence, predicted, self.context.num_classes, s.cutoff),
             least=self.context.batch_size,
@@ -244,12 +245,13 @@ class KD3(Method[KD3Settings]):
 
     def next_batch(self) -> Views:
         """Return selected images, randomly transformed, with their perturbed versions."""
-        b = self.context.batch_size
-        rows = self.selected[self.order.take(b)]
+        part = self.world.part(self.context.batch_size)
+        rows = self.selected[self.order.take(self.context.batch_size)[part.rows]]
+        b = len(rows)
         images = to_float(self.images[rows].to(self.context.device))
-        images = self.augment(images, self._augment_stream)
+        images = self.augment(images, self._augment_stream, part)
         normalised = self.teacher.normalise(images)
-        perturbed = mix_distribution(normalised, self.settings.beta, self._mix_stream)
+        perturbed = mix_distribution(normalised, self.settings.beta, self._mix_stream, self.world)
         both = torch.cat([normalised, perturbed])
         with torch.no_grad():
             maps = self._compute(self._teacher_network.feature_map, both)
@@ -280,7 +282,8 @@ class KD3(Method[KD3Settings]):
 
     def _contrast(self, role: str, features: Tensor) -> Tensor:
         """Return the contrast of features of images and their perturbed versions, ``[2 b, d]``."""
-        plain, perturbed = F.normalize(self.embeddings[role](features), dim=1).chunk(2)
+        embeddings = F.normalize(self.embeddings[role](features), dim=1).chunk(2)
+        plain, perturbed = (self.world.gather(each) for each in embeddings)
         s = self.settings
         return losses.mix_contrast_loss(plain, perturbed, s.contrast_temperature, s.form)
 
@@ -374,7 +377,9 @@ def select(
     return order[:least]
 
 
-def mix_distribution(images: Tensor, beta: float, stream: torch.Generator) -> Tensor:
+def mix_distribution(
+    images: Tensor, beta: float, stream: torch.Generator, world: World = ALONE
+) -> Tensor:
     """Give each image and channel a mean and deviation between its own and another image's.
 
     With mean m and standard deviation d (unbiased) of an image's channel, those of the same channel
@@ -385,8 +390,9 @@ def mix_distribution(images: Tensor, beta: float, stream: torch.Generator) -> Te
         images: Normalised images, ``[b, c, h, w]``.
         beta: Parameter of the distribution, positive.
         stream: Source of randomness, on the images' device.
+        world: Processes whose images, equally many of each, make one batch.
     """
-    size = len(images)
+    size = len(images) * world.size
     variance, mean = torch.var_mean(images, dim=(2, 3), keepdim=True)
     deviation = (variance + 1e-6).sqrt()
     other = torch.randperm(size, generator=stream, device=stream.device)
@@ -395,7 +401,8 @@ def mix_distribution(images: Tensor, beta: float, stream: torch.Generator) -> Te
     shape = torch.full((2, size, 1, 1, 1), beta, dtype=torch.float64, device=stream.device)
     first, second = torch._standard_gamma(shape, generator=stream)
     u = (first / (first + second)).to(images.dtype)
-    mixed_mean = u * mean + (1 - u) * mean[other]
-    mixed_deviation = u * deviation + (1 - u) * deviation[other]
+    u, other = world.share(u), world.share(other)
+    mixed_mean = u * mean + (1 - u) * world.gather(mean)[other]
+    mixed_deviation = u * deviation + (1 - u) * world.gather(deviation)[other]
     perturbed: Tensor = mixed_deviation * (images - mean) / deviation + mixed_mean
     return perturbed

@@ -113,15 +113,15 @@ class MosaicKD(SelectingMethod[MosaicKDSettings]):
         self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
         with context.randomness.initialising("discriminator"):
             discriminator = build_discriminator(settings.discriminator, context.image_shape[0])
-        self.discriminator = on_device(discriminator, context.device)
+        self.discriminator = self.world.synchronised(on_device(discriminator, context.device))
         self.optimizer_g = torch.optim.Adam(
             self.generator.parameters(), lr=settings.lr_g, betas=(0.5, 0.999)
         )
         self.optimizer_d = torch.optim.Adam(
             self.discriminator.parameters(), lr=settings.lr_d, betas=(0.5, 0.999)
         )
-        self.descent_g = Descent("generator", context.precision, context.watch)
-        self.descent_d = Descent("discriminator", context.precision, context.watch)
+        self.descent_g = Descent("generator", context.precision, context.watch, context.world)
+        self.descent_d = Descent("discriminator", context.precision, context.watch, context.world)
         self.augment = RandomCropFlip(settings.crop, settings.flip)
         self._latents = context.randomness.on_device("latents")
         self._augment_stream = context.randomness.on_device("augment")
@@ -130,6 +130,7 @@ class MosaicKD(SelectingMethod[MosaicKDSettings]):
         self._order = RandomOrder(randomness.on_cpu("order"), device)
         self._num_sampled = context.batch_size // 2
         self._num_generated = context.batch_size - self._num_sampled
+        self.world.require_even("half of batch_size", self._num_sampled)
         self.parts = {
             "generator": self.generator,
             "discriminator": self.discriminator,
@@ -190,22 +191,24 @@ class MosaicKD(SelectingMethod[MosaicKDSettings]):
         return {
             "local": s.local * losses.patch_loss(patches, real=True),
             "align": s.align * losses.mean_entropy(logits),
-            "balance": s.balance * losses.information_entropy_loss(logits, "2"),
+            "balance": s.balance * losses.information_entropy_loss(logits, "2", self.world),
             "adv": s.adv * losses.adversarial_loss(self.student(images), logits),
         }
 
     def _generate(self) -> Tensor:
         self.generator.train()  # also when a resumed run begins within a round
         latents = self.generator.sample_latents(self._num_generated, self._latents)
-        return generate(self.generator, latents, self.teacher)
+        return generate(self.generator, self.world.share(latents), self.teacher)
 
     def _sample(self, order: RandomOrder) -> Tensor:
-        return to_float(self.images[order.take(self._num_sampled)])
+        rows = order.take(self._num_sampled)
+        return to_float(self.images[self.world.share(rows)])
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
         """Return fresh images of the generator, then as many augmented unlabelled ones."""
-        sampled = self.augment(self._sample(self._order), self._augment_stream)
+        part = self.world.part(self._num_sampled)
+        sampled = self.augment(self._sample(self._order), self._augment_stream, part)
         return Batch(torch.cat([self._generate(), sampled]))
 
     @torch.no_grad()

@@ -36,15 +36,16 @@ class Noise(Method[NoiseSettings]):
 
     def begin_round(self, index: int) -> Synthesis:
         """Draw the round's first mini-batch, which the dictionary is built from."""
-        self._fresh = Batch(self._draw(self.context.batch_size, self._stream))
+        self._fresh = self._draw_batch()
         return Synthesis(self._fresh)
 
     def next_batch(self) -> Batch:
         """Return fresh noise."""
         batch, self._fresh = self._fresh, None
-        return (
-            batch if batch is not None else Batch(self._draw(self.context.batch_size, self._stream))
-        )
+        return self._draw_batch() if batch is None else batch
+
+    def _draw_batch(self) -> Batch:
+        return Batch(self.world.share(self._draw(self.context.batch_size, self._stream)))
 
     def preview(self, count: int) -> Tensor:
         """Return noise that is the same in every picture."""

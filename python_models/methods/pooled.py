@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from python_models.data import ImagePool, RandomCropFlip
+from python_models.distributed import ALONE, World
 from python_models.methods.base import Batch, Context, Method
 
 
@@ -56,8 +57,9 @@ class PooledMethod(Method[PoolSettingsT]):
 
     def next_batch(self) -> Batch:
         """Return augmented images of the pool."""
-        images = self.pool.sample(self.context.batch_size, self._pool_stream)
-        return Batch(self.augment(images, self._pool_stream))
+        part = self.world.part(self.context.batch_size)
+        images = self.pool.sample(self.context.batch_size, self._pool_stream, part)
+        return Batch(self.augment(images, self._pool_stream, part))
 
     def preview(self, count: int) -> Tensor:
         """Return images of the pool."""
@@ -67,6 +69,9 @@ class PooledMethod(Method[PoolSettingsT]):
 class Best:
     """Copies of tensors from the moment of the lowest loss; never waits for the device.
 
+    Args:
+        world: Processes whose mean loss counts.
+
     Example:
         >>> best = Best()
         >>> for loss, images in steps:
@@ -74,7 +79,8 @@ class Best:
         >>> (images,) = best.tensors
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self.tensors: tuple[Tensor, ...] = ()
         self._loss: Tensor | None = None
 
@@ -85,7 +91,7 @@ class Best:
             loss: Scalar.
             *tensors: Of the same shapes in every call.
         """
-        loss = loss.detach()
+        loss = self._world.mean(loss.detach())
         if self._loss is None:
             self.tensors = tuple(tensor.detach().clone() for tensor in tensors)
             self._loss = loss.nan_to_num(nan=torch.inf)

@@ -170,19 +170,24 @@ class SelectingMethod(Method[SettingsT]):
         Raises:
             UserError: If the teacher's logits are NaN for every image.
         """
-        found = select_images(self._logits(), self.num_wanted, self.context.num_classes, by)
+        found = select_images(
+            *(self._logits(), self.num_wanted, self.context.num_classes, by), self.world
+        )
+        assert self._source is not None
+        self._source.share_skipped(self.world)
         if not len(found.indices):
             raise UserError("the teacher's logits are NaN for every unlabelled image")
         self._keep(found.indices)
         return found
 
     def _logits(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the positions and the teacher's logits of all images, in one pass."""
-        source = self._source
+        """Yield the positions and the teacher's logits of this process's images, in one pass."""
+        source, world = self._source, self.world
         assert source is not None
-        progress = Progress("selecting", math.ceil(len(source) / source.batch_size))
+        count = math.ceil(len(source) / source.batch_size / world.size)
+        progress = Progress("selecting", count, is_shown=world.is_first)
         try:
-            for positions, images in source.batches():
+            for positions, images in source.batches(world.rank, world.size):
                 yield positions, self.teacher(to_float(images.to(self.context.device)))
                 progress.step({})
         finally:

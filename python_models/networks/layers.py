@@ -33,7 +33,7 @@ def init_normal_(module: nn.Module, std: float = 0.02) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.normal_(layer.weight, 0.0, std)
-        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.affine:
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine:
             nn.init.normal_(layer.weight, 1.0, std)
         else:
             continue
