@@ -104,6 +104,12 @@ class TrainingConfig:
     """Learning rate that the cosine ends at."""
     milestones: tuple[float, ...] = (0.4, 0.8)
     """Fractions of the run after which the step schedule divides by ten."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """How networks compute in training; losses, statistics, KDCI and weights stay in float32."""
+    channels_last: bool = False
+    """Keep teacher and student in the memory format that convolutions on GPUs prefer."""
+    compile: bool = False
+    """Compile the student, and the teacher's pass of student steps, by torch.compile."""
     seed: int = 0
     """Seed of everything random; on a CPU the same seed gives bitwise the same run."""
     device: str = "auto"
@@ -151,6 +157,8 @@ class OutputConfig:
     """Epochs between checkpoints."""
     checkpoint_minutes: float = 30.0
     """Minutes after which one is made within an epoch too; 0: never."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into the run folder's tensorboard/."""
     resume: bool = False
     """Go on from the checkpoint in the run folder."""
     overwrite: bool = False

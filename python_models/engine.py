@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from python_models.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
+from python_models.compiling import compiled_networks
 from python_models.config import DistillConfig, check, flatten, write_yaml
 from python_models.data import (
     LabelledData,
@@ -46,22 +47,28 @@ from python_models.data import (
 from python_models.distributed import ALONE, World, connect, local_device
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
+from python_models.health import Health
+from python_models.interruption import RoundAbandoned, RoundStart
 from python_models.losses import batch_norm_layers, kd_divergence
 from python_models.methods import METHODS, Batch, Context, Method
-from python_models.methods.base import total
+from python_models.methods.base import on_device
+from python_models.methods.descent import Descent
 from python_models.networks import Classifier, build_network, short_name
+from python_models.precision import Precision
 from python_models.randomness import Randomness
 from python_models.reporting import (
     LossLog,
     Progress,
     RunFolder,
     duration,
+    loss_term,
     peak_memory_mb,
     picture_of_images,
     picture_of_proportions,
     write_metrics,
     write_summary,
 )
+from python_models.scalars import NoScalars, Scalars, summary_writer
 from python_models.schedule import check_same_run, learning_rate, set_learning_rate
 from python_models.teacher import (
     LoadedNetwork,
@@ -154,6 +161,11 @@ class Distillation:
 
         method_class = METHODS.get(config.method)
         self._require_parts(method_class)
+        self.precision = Precision(config.training.precision, device)
+        for classifier in (self.teacher, self.student):
+            classifier.precision = self.precision
+            if config.training.channels_last:
+                on_device(classifier, device)
         if method_class.needs_unlabelled and config.task.unlabelled is None:
             raise UserError(
                 f"method {config.method} samples from unlabelled images: give a folder, an .npz "
@@ -179,9 +191,20 @@ class Distillation:
                 open_unlabelled=self._open_unlabelled,
                 load_unlabelled=self._load_unlabelled,
                 load_labelled=self._load_labelled,
+                precision=self.precision,
+                watch=self._watch,
                 world=world,
             ),
         )
+        # The teacher of student steps; the methods' own calls read it by hooks.
+        self._seen_teacher = self.teacher
+        if config.training.compile:
+            self._seen_teacher = compiled_networks(
+                self.teacher,
+                self.student,
+                device,
+                reads_features="student" in method_class.needs_features,
+            )
         self.deployed = self.student
         extra: Sequence[dict[str, Any]] = ()
         deployed = self.method.deployed()
@@ -204,12 +227,14 @@ class Distillation:
             method_class.num_prototypes, None if other is None else other.info.num_classes
         )
         self.optimizer = self._build_optimizer(extra)
+        self._descent = Descent("student", self.precision, world=world)
         self._teacher_fingerprint = fingerprint(self.teacher)
         self._dictionary_fingerprint = (
             None if self.dictionary_model is None else fingerprint(self.dictionary_model)
         )
         self.class_counts = torch.zeros(self.info.num_classes, dtype=torch.int64, device=device)
         self.log = LossLog(device, world)
+        self.health = Health(self.info.num_classes, device)
 
         ep_steps = config.training.ep_steps or self.method.steps_per_pass()
         self.rounds_per_epoch = max(1, ep_steps // config.training.kd_steps)
@@ -220,6 +245,10 @@ class Distillation:
         self.round = 0
         self.step = 0
         self.is_round_open = False
+        # Steps of the generator phase that is being made.
+        self._phase_step = 0
+        # Asked at each of them; on yes it is given up by `RoundAbandoned`.
+        self.wants_to_abandon: Callable[[], bool] = lambda: False
         # The student's logits that KDCI compensated last, for `compensation_health`.
         self._compensated_logits: Tensor | None = None
 
@@ -381,6 +410,10 @@ class Distillation:
 
     def advance(self) -> None:
         """Make one student step, beginning a round where one is due; in warm-up, one round."""
+        with self.precision.active():
+            self._advance()
+
+    def _advance(self) -> None:
         if not self.is_round_open:
             if not self.is_warming_up and self.step % self.steps_per_epoch == 0:
                 self.method.begin_epoch(self.step // self.steps_per_epoch)
@@ -396,14 +429,30 @@ class Distillation:
             self.round += 1
 
     def _begin_round(self) -> None:
+        self._phase_step = 0
         synthesis = self.method.begin_round(self.round)
         if synthesis is None:
             return
+        if synthesis.images is not None:
+            self.health.saw(self.world.gather(synthesis.images))
         self.log.add(
             self.step, {f"generator_{name}": term for name, term in synthesis.losses.items()}
         )
         if self.kdci is not None and synthesis.batch is not None and not self.is_warming_up:
-            self._update_dictionary(self._dictionary_features(synthesis.batch), is_part=True)
+            features = self._dictionary_features(synthesis.batch)
+            largest = {"the teacher's prediction for the dictionary": features.abs().amax()}
+            self.log.watch(f"step {self.step} (round {self.round})", largest)
+            self._update_dictionary(features, is_part=True)
+
+    def _watch(self, terms: Mapping[str, Tensor]) -> None:
+        """Look at the terms of a step of the generator phase."""
+        where = f"step {self.step} (round {self.round}, step {self._phase_step} of its generator)"
+        self._phase_step += 1
+        self.log.watch(
+            where, {loss_term(f"generator_{name}"): term for name, term in terms.items()}
+        )
+        if self.wants_to_abandon():
+            raise RoundAbandoned
 
     def _progress(self) -> float:
         """Return the fraction of the run that was done when this round began."""
@@ -422,18 +471,8 @@ class Distillation:
         batch = self.method.next_batch()
         teacher_logits = self._teacher_logits(batch)
         losses = self.method.student_losses(batch, self._divergence)
-        optimizers = [self.optimizer, *self.method.optimizers()]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        torch.autograd.backward(total(losses))
-        self.world.average_gradients(
-            parameter
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        )
-        for optimizer in optimizers:
-            optimizer.step()
+        self._descent.backward(losses, [self.optimizer, *self.method.optimizers()])
+        self._descent.step()
         labels = teacher_logits.argmax(1)
         # torch.bincount would wait for the device.
         self.class_counts.index_add_(0, labels, torch.ones_like(labels))
@@ -442,7 +481,7 @@ class Distillation:
     @torch.no_grad()
     def _teacher_logits(self, batch: Batch) -> Tensor:
         if batch.teacher_logits is None:
-            batch.teacher_logits = self.teacher(batch.images)
+            batch.teacher_logits = self._seen_teacher(batch.images)
         return batch.teacher_logits
 
     @torch.no_grad()
@@ -494,6 +533,8 @@ class Distillation:
             "method": self.method.state_dict(),
             "class_counts": self.world.sum(self.class_counts),
             "log": self.log.state_dict(),
+            "health": self.health.state_dict(),
+            "precision": self.precision.state_dict(),
             "randomness": self.randomness.state_dict(),
             "other_processes": self.world.objects(self.randomness.global_state())[1:],
         }
@@ -524,6 +565,8 @@ class Distillation:
         if self.world.is_first:  # which adds the others'
             self.class_counts.copy_(state["class_counts"])
         self.log.load_state_dict(state["log"])
+        self.health.load_state_dict(state["health"])
+        self.precision.load_state_dict(state["precision"])
         self.randomness.load_state_dict(state["randomness"], state.get("other_processes", ()))
 
 
@@ -555,6 +598,8 @@ def _distill(config: DistillConfig[Any], world: World) -> RunResult | None:
     """Run this process's part of a distillation; the first one has the results."""
     task, output = config.task, config.output
     assert task.teacher is not None
+    if output.tensorboard:
+        summary_writer()  # before anything is computed or written
     device = resolve_device(local_device(config.training.device))
     teacher = load_network(
         task.teacher,
@@ -606,6 +651,7 @@ class _Session:
         self.test = test
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.scalars: Scalars | NoScalars = NoScalars()
         self.peak_memory_mb = 0.0
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
@@ -642,6 +688,8 @@ class _Session:
     def finish(self) -> RunResult | None:
         """Run to the end, or to Ctrl-C; the first process has the results."""
         run, output = self.run, self.run.config.output
+        if output.tensorboard and self.folder is not None:
+            self.scalars = Scalars(self.folder.tensorboard, run.step)
         compensation = "with KDCI" if run.kdci is not None else "without KDCI"
         title = f"{run.config.method} {compensation}"
         progress = Progress(
@@ -654,26 +702,29 @@ class _Session:
         begin = time.monotonic() - self.seconds
         try:
             with StopRequest(is_announced=run.world.is_first) as stop:
+                start = RoundStart(run.state_dict, is_kept=run.world.size == 1)
+                run.wants_to_abandon = lambda: stop.requested and start.state is not None
                 while run.step < run.total_steps:
                     before = run.step
-                    run.advance()
+                    try:
+                        with start.making(not run.is_round_open):
+                            run.advance()
+                    except RoundAbandoned:
+                        assert start.state is not None
+                        self._stop(start.state)
                     self.seconds = time.monotonic() - begin
                     progress.step(run.log.last)
                     if run.step > before and run.step % run.steps_per_epoch == 0:
                         epoch = run.step // run.steps_per_epoch
                         self._end_epoch(epoch, progress)
                         if epoch % output.checkpoint_every == 0 or run.step == run.total_steps:
-                            self._save()
+                            self._save(run.state_dict())
                     # Processes have clocks of their own, and a signal finds them at other steps.
                     is_due, is_stopping = run.world.any(self._is_checkpoint_due(), stop.requested)
-                    if is_due or is_stopping:
-                        self._save()
                     if is_stopping:
-                        path = "" if self.folder is None else self.folder.path
-                        raise Interrupted(
-                            f"stopped after {run.step} of {run.total_steps} steps, saved in "
-                            f"{path}; {self._how_to_go_on()}"
-                        )
+                        self._stop(run.state_dict())
+                    if is_due:
+                        self._save(run.state_dict())
         except DivergenceError as error:
             if self.folder is None:
                 raise
@@ -684,13 +735,24 @@ class _Session:
             ) from error
         finally:
             progress.close()
+            self.scalars.close()
         return self._write_results()
+
+    def _stop(self, state: Mapping[str, Any]) -> NoReturn:
+        """Save a state of the run, and stop it."""
+        self._save(state)
+        path = "" if self.folder is None else self.folder.path
+        raise Interrupted(
+            f"stopped after {state['step']} of {self.run.total_steps} steps, saved in "
+            f"{path}; {self._how_to_go_on()}"
+        )
 
     def _end_epoch(self, epoch: int, progress: Progress) -> None:
         run, training = self.run, self.run.config.training
         averages = run.log.averages()
         run.log.reset()
-        health = run.compensation_health()
+        compensation = run.compensation_health()
+        health = run.health.end_epoch(run.world.sum(run.class_counts))
         if self.folder is None:
             return
         row: dict[str, Any] = {
@@ -700,6 +762,7 @@ class _Session:
             **averages,
         }
         text = ", ".join(f"{name} {value:.3g}" for name, value in list(row.items())[3:])
+        row.update(compensation)
         row.update(health)
         short = {}
         last = epoch == training.epochs
@@ -714,20 +777,24 @@ class _Session:
             short["accuracy"] = f"{found['plain']:.2f} %"
             text += f", accuracy {found['plain']:.2f} %"
         row["images_per_second"] = run.step * training.batch_size / self.seconds
+        row["peak_memory_mb"] = self._measure_memory()
         row["seconds"] = self.seconds
         self.rows.append(row)
         write_metrics(self.folder.metrics, self.rows)
+        self.scalars.add(row)
+        short["images/s"] = f"{row['images_per_second']:.0f}"
+        short["memory"] = f"{row['peak_memory_mb']:.0f} MB"
+        text += f", {short['images/s']} images/s, {short['memory']}"
         progress.epoch(f"epoch {epoch}/{training.epochs}, {text}", short)
 
-    def _save(self) -> None:
-        state = self.run.state_dict()
+    def _save(self, state: Mapping[str, Any]) -> None:
         # A last step may have spoilt the weights after its losses were still fine.
         kdci = {} if self.run.kdci is None else dict(self.run.kdci.named_parameters())
         spoilt = first_not_finite(
             {"student": state["student"], "kdci": kdci, "method": state["method"]}
         )
         if spoilt is not None:
-            raise DivergenceError(f"{spoilt} became nan or infinite by step {self.run.step}")
+            raise DivergenceError(f"{spoilt} became nan or infinite by step {state['step']}")
         if self.run.world.size > 1:
             self.run.world.require_equal("the student", fingerprint(self.run.deployed))
         if self.folder is None:

@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,15 @@ METRICS = {
     "dictionary_entropy": "of the confounder dictionary's proportions, in nats: at most log K",
     "compensation_ratio": "mean |F| / mean |S|: KDCI's compensation by the student's logits, on "
     "the epoch's last batch",
+    "class_entropy": "of the teacher's predictions on the epoch's images, in nats: log of the "
+    "number of classes where all are equally common, 0 where one is all",
+    "class_min": "share of the rarest class among these predictions, in [0, 1]",
+    "class_max": "share of the most frequent class among them",
+    "image_diversity": "root mean square distance, per pixel, of the last generator phase's images "
+    "from each other: 0 where all are the same, 0.41 for uniform noise",
     "images_per_second": "images in student steps, by all the time of the run",
+    "peak_memory_mb": "largest memory until then, in 10^6 bytes: on a GPU what PyTorch handed out, "
+    "on a CPU of the whole process",
     "seconds": "time of the run",
 }
 """Columns of a distillation's metrics.csv; all others are loss terms, averaged over the epoch."""
@@ -57,6 +65,7 @@ class RunFolder:
         "skipped.txt",
         "student.safetensors",
         "teacher.safetensors",
+        "tensorboard",
         # Last, so that nothing of a run is left where it is gone.
         "config.yaml",
     )
@@ -126,6 +135,11 @@ class RunFolder:
         return self.path / "class_proportions.png"
 
     @property
+    def tensorboard(self) -> Path:
+        """Folder of the same metrics for TensorBoard, where it was asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def skipped(self) -> Path:
         """The image files that could not be used, if there are any."""
         return self.path / "skipped.txt"
@@ -135,10 +149,16 @@ class RunFolder:
         return self.path / f"{role}.safetensors"
 
 
+def loss_term(name: str) -> str:
+    """Return what a loss term of this name is called in errors."""
+    return f"the loss term {name!r}"
+
+
 class LossLog:
     """Averages loss terms over an epoch and stops the run at the first NaN or Inf.
 
-    On a GPU the values are read in batches, since reading each would wait for the device; the error
+    Each term is looked at in the order of the steps, so that the one named is where it began. On a
+    GPU the values are read in batches, since reading each would wait for the device; the error
     still names the exact step.
 
     Args:
@@ -149,7 +169,8 @@ class LossLog:
     def __init__(self, device: torch.device, world: World = ALONE) -> None:
         self._world = world
         self._interval = 1 if device.type == "cpu" else 20
-        self._pending: list[tuple[int, str, Tensor]] = []
+        # Where, what, its value, and the term's name where it counts in the averages.
+        self._pending: list[tuple[str, str, Tensor, str | None]] = []
         self._calls = 0
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -161,7 +182,26 @@ class LossLog:
         Raises:
             DivergenceError: If a recorded term is NaN or infinite.
         """
-        self._pending += [(step, name, value.detach()) for name, value in losses.items()]
+        self._append(
+            (f"step {step}", loss_term(name), value, name) for name, value in losses.items()
+        )
+
+    def watch(self, where: str, values: Mapping[str, Tensor]) -> None:
+        """Look whether scalars are finite, without recording them.
+
+        Args:
+            where: Names the place, for the error.
+            values: Scalars by what they are, for the error; for example `loss_term`.
+
+        Raises:
+            DivergenceError: If a watched or recorded value is NaN or infinite.
+        """
+        self._append((where, what, value, None) for what, value in values.items())
+
+    def _append(self, entries: Iterable[tuple[str, str, Tensor, str | None]]) -> None:
+        self._pending += [
+            (where, what, value.detach(), name) for where, what, value, name in entries
+        ]
         self._calls += 1
         if self._calls % self._interval == 0:
             self.flush()
@@ -174,11 +214,13 @@ class LossLog:
         """
         if not self._pending:
             return
-        stacked = torch.stack([value.double() for _, _, value in self._pending])
+        stacked = torch.stack([value.double() for _, _, value, _ in self._pending])
         values = self._world.mean(stacked).tolist()
-        for (step, name, _), value in zip(self._pending, values, strict=True):
+        for (where, what, _, name), value in zip(self._pending, values, strict=True):
             if value != value or value in (float("inf"), float("-inf")):
-                raise DivergenceError(f"the loss term {name!r} became {value} at step {step}")
+                raise DivergenceError(f"{what} became {value} at {where}")
+            if name is None:
+                continue
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
             self.last[name] = value

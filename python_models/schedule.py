@@ -16,7 +16,7 @@ from python_models.errors import UserError
 MAY_CHANGE = frozenset(
     {
         *("out_dir", "resume", "overwrite", "checkpoint_every", "checkpoint_minutes"),
-        *("device", "data_root", "teacher", "teacher_weights"),
+        *("device", "data_root", "tensorboard", "teacher", "teacher_weights"),
     }
 )
 """Settings that may differ when a run is resumed. The teacher's file may lie elsewhere: whether it

@@ -42,9 +42,9 @@ def task(tmp_path: Path) -> dict[str, Any]:
 
 
 def curves(folder: Path) -> dict[str, Tensor]:
-    """Return the columns of metrics.csv but for times."""
+    """Return the columns of metrics.csv but for times and memory."""
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    names = [name for name in rows[0] if "second" not in name]
+    names = [name for name in rows[0] if "second" not in name and "memory" not in name]
     return {name: torch.tensor([float(row[name] or 0) for row in rows]) for name in names}
 
 

@@ -55,9 +55,9 @@ def weights_of(run: Path) -> bytes:
 
 
 def metrics_of(run: Path) -> list[list[str]]:
-    """Return metrics.csv without its times."""
+    """Return metrics.csv without its times and memory."""
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-    kept = [i for i, name in enumerate(rows[0]) if "second" not in name]
+    kept = [i for i, name in enumerate(rows[0]) if "second" not in name and "memory" not in name]
     return [[row[i] for i in kept] for row in rows]
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from python_models.data import LabelledData, UnlabelledImages, to_float
 from python_models.distributed import ALONE, World, shared_chunks
 from python_models.networks import Classifier, Generator, build_generator
+from python_models.precision import Precision
 from python_models.randomness import Randomness
 from python_models.registry import Registry
 
@@ -71,6 +72,9 @@ class Context:
         open_unlabelled: Opens the images of a sampling method, to read them in one pass.
         load_unlabelled: Reads them all, uint8 ``[n, c, h, w]`` on the CPU.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
+        precision: How networks compute; teacher, student and `generate` see to it themselves.
+        watch: Is shown the terms of each step of a generator phase, to stop the run where one is
+            not finite; see `methods.descent`.
         world: The processes of the run; sizes of batches are those of all of them.
     """
 
@@ -87,6 +91,8 @@ class Context:
     open_unlabelled: Callable[[], UnlabelledImages]
     load_unlabelled: Callable[[], Tensor]
     load_labelled: Callable[[], LabelledData]
+    precision: Precision = field(default_factory=Precision)
+    watch: Callable[[Mapping[str, Tensor]], None] = lambda terms: None
     world: World = ALONE
 
 
@@ -132,10 +138,16 @@ class Synthesis:
         batch: One synthetic mini-batch, which the dictionary is built from; None where that is
             built once and stays.
         losses: Weighted terms of the generator's loss at its last step, detached.
+        images: The new images, float ``[b, c, h, w]``; by default the batch's.
     """
 
     batch: Batch | None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    images: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images is None and self.batch is not None:
+            self.images = self.batch.images
 
 
 class Method(ABC, Generic[SettingsT]):
@@ -300,7 +312,7 @@ def generate(generator: Generator, latents: Tensor, teacher: Classifier) -> Tens
     Those of a generator of normalised images are normalised in the teacher's way, and may leave the
     interval.
     """
-    images: Tensor = generator(latents)
+    images = teacher.precision.run(generator, latents)
     return teacher.denormalise(images) if generator.output_is_normalised else images
 
 
@@ -327,7 +339,7 @@ def logits_of(
 
 
 def on_device(module: ModuleT, device: torch.device) -> ModuleT:
-    """Move a generator to a device, in the memory format that is quickest for convolutions.
+    """Move a network to a device, in the memory format that is quickest for convolutions.
 
     channels_last about halves a generator's time, on CPUs too.
     """

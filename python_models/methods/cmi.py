@@ -44,13 +44,13 @@ from python_models.methods.base import (
     Batch,
     Context,
     Synthesis,
-    backward_into,
     build_image_generator,
     generate,
-    total,
 )
+from python_models.methods.descent import Descent
 from python_models.methods.pooled import Best, PooledMethod, PoolSettings
 from python_models.networks import init_normal_
+from python_models.precision import at_least_float32
 
 FeatureHooks = Literal["auto", "batchnorm", "stages"]
 
@@ -127,7 +127,7 @@ class InputMeans:
 
     def _reader(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            value = inputs[0]
+            value = at_least_float32(inputs[0])
             self._means[index] = value if value.dim() == 2 else value.flatten(2).mean(2)
 
         return read
@@ -203,6 +203,7 @@ class CMI(PooledMethod[CMISettings]):
             "head_optimizer": self.head_optimizer,
             "bank": self.bank,
         }
+        self.descent = Descent("generator", context.precision, context.watch, context.world)
         self._synthesis_stream = context.randomness.on_device("synthesis")
         self._bank_stream = context.randomness.on_device("bank")
 
@@ -241,13 +242,10 @@ class CMI(PooledMethod[CMISettings]):
                 targets[part.rows],
                 self.bank.sample(s.bank_sample_size, self._bank_stream),
             )
-            loss = total(terms)
+            optimizers = [optimizer, self.head_optimizer]
+            loss = self.descent.backward(terms, optimizers, self.generator, latents, self.head)
             best.offer(loss, images, features)
-            for each in (optimizer, self.head_optimizer):
-                each.zero_grad()
-            backward_into(loss, self.generator, latents, self.head, world=self.world)
-            for each in (optimizer, self.head_optimizer):
-                each.step()
+            self.descent.step()
         best_images, best_features = best.tensors
         self.pool.add(self.world.gather(best_images))
         self.bank.add(self.world.gather(best_features))

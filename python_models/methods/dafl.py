@@ -34,11 +34,10 @@ from python_models.methods.base import (
     Divergence,
     Method,
     Synthesis,
-    backward_into,
     build_image_generator,
     generate,
-    total,
 )
+from python_models.methods.descent import Descent
 
 
 @dataclass(kw_only=True)
@@ -87,6 +86,7 @@ class DAFL(Method[DAFLSettings]):
             betas=(0.9, 0.999) if self.is_joint else (0.5, 0.999),
         )
         self.parts = {"generator": self.generator, "optimizer": self.optimizer}
+        self.descent = Descent("generator", context.precision, context.watch, context.world)
         self._latents = context.randomness.on_device("latents")
         self._fresh: Batch | None = None
         self._terms: dict[str, Tensor] = {}
@@ -101,9 +101,8 @@ class DAFL(Method[DAFLSettings]):
         for _ in range(self.settings.g_steps):
             features = self.teacher.features(self._generate(self.settings.synthesis_batch_size))
             terms = self.generator_losses(features, self.teacher.classify(features))
-            self.optimizer.zero_grad()
-            backward_into(total(terms), self.generator, world=self.world)
-            self.optimizer.step()
+            self.descent.backward(terms, [self.optimizer], self.generator)
+            self.descent.step()
         images = self._sample()
         with torch.no_grad():
             self._fresh = Batch(images, self.teacher(images))

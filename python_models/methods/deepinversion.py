@@ -42,7 +42,8 @@ from torch import Tensor
 from python_models import losses
 from python_models.data import RandomRollFlip
 from python_models.errors import UserError
-from python_models.methods.base import METHODS, Batch, Context, Synthesis, backward_into, total
+from python_models.methods.base import METHODS, Batch, Context, Synthesis
+from python_models.methods.descent import Descent
 from python_models.methods.pooled import Best, PooledMethod, PoolSettings
 from python_models.schedule import learning_rate, set_learning_rate
 
@@ -116,6 +117,7 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
         self.statistics = losses.BatchNormStatistics(self.teacher, world=self.world)
         if settings.g_steps_half:
             self._require_half_size()
+        self.descent = Descent("images", context.precision, context.watch)
         randomness = context.randomness
         self._synthesis_stream = randomness.on_device("synthesis")
         # Offsets are read on the host: from the CPU, reading them does not wait for the device.
@@ -183,12 +185,13 @@ class DeepInversion(PooledMethod[DeepInversionSettings]):
             set_learning_rate(optimizer, self._rate(step, steps))
             seen = F.avg_pool2d(inputs, shrink) if shrink > 1 else inputs
             terms = self.image_losses(roll(seen, self._jitter_stream), targets)
-            loss = total(terms)
+            loss = self.descent.backward(terms, [optimizer], inputs)
+            if self.world.size > 1:
+                # The images are this process's alone: the mean of losses has this gradient in them.
+                assert inputs.grad is not None
+                inputs.grad /= self.world.size
             best.offer(loss, inputs)
-            optimizer.zero_grad()
-            # The images are this process's alone: the mean of losses has this gradient in them.
-            backward_into(loss / self.world.size, inputs)
-            optimizer.step()
+            self.descent.step()
             if s.clip:
                 with torch.no_grad():
                     inputs.copy_(inputs.clamp(*self._valid))

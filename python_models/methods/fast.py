@@ -35,11 +35,10 @@ from python_models.methods.base import (
     Batch,
     Context,
     Synthesis,
-    backward_into,
     build_image_generator,
     generate,
-    total,
 )
+from python_models.methods.descent import Descent
 from python_models.methods.pooled import Best, PooledMethod, PoolSettings
 
 REPTILE_GAIN = 67.0
@@ -119,6 +118,7 @@ class Fast(PooledMethod[FastSettings]):
             "optimizer": self.optimizer,
             "statistics": self.statistics,
         }
+        self.descent = Descent("generator", context.precision, context.watch, context.world)
         self._synthesis_stream = context.randomness.on_device("synthesis")
 
     @property
@@ -160,13 +160,12 @@ class Fast(PooledMethod[FastSettings]):
                 targets[part.rows],
                 adversarial=index >= s.warmup,
             )
-            loss = total(terms)
+            loss = self.descent.backward(terms, [optimizer], inner, latents)
             best.offer(loss, images)
-            optimizer.zero_grad()
-            backward_into(loss, inner, latents, world=self.world)
             if s.meta == "fomaml":
-                _add_gradients(self._learned(), self._learned(inner, latents))
-            optimizer.step()
+                learned = self._learned(inner, latents)
+                _add_gradients(self._learned(), self.descent.gradients(learned))
+            self.descent.step()
         self.statistics.update_average()
         if s.meta == "reptile":
             _set_reptile_gradients(self._learned(), self._learned(inner, latents))
@@ -242,12 +241,9 @@ class Fast(PooledMethod[FastSettings]):
                 self.latents.copy_(state["latents"])
 
 
-def _add_gradients(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    for target, parameter in zip(to, source, strict=True):
-        assert parameter.grad is not None
-        target.grad = (
-            parameter.grad.clone() if target.grad is None else target.grad + parameter.grad
-        )
+def _add_gradients(to: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for target, gradient in zip(to, gradients, strict=True):
+        target.grad = gradient.clone() if target.grad is None else target.grad + gradient
 
 
 def _set_reptile_gradients(meta: Sequence[Tensor], inner: Sequence[Tensor]) -> None:

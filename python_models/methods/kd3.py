@@ -168,6 +168,7 @@ class KD3(Method[KD3Settings]):
             "order": self.order,
             "data": SameData("unlabelled", self.images),
         }
+        self._compute = context.precision.run
         self._selection_stream = randomness.on_device("selection")
         self._augment_stream = randomness.on_device("augment")
         self._mix_stream = randomness.on_device("mix")
@@ -229,7 +230,8 @@ class KD3(Method[KD3Settings]):
             own = to_float(images[part.rows].to(self.context.device))
             augmented = self.augment(own, self._selection_stream, part)
             normalised = self.teacher.normalise(augmented)
-            teacher, student = self._teacher_network(normalised), self.network(normalised)
+            teacher = self._compute(self._teacher_network, normalised)
+            student = self._compute(self.network, normalised)
             found = combine(teacher, student, share, s.form).max(1)
             confidences.append(self.world.gather_uneven(found.values))
             classes.append(self.world.gather_uneven(found.indices))
@@ -252,8 +254,8 @@ class KD3(Method[KD3Settings]):
         perturbed = mix_distribution(normalised, self.settings.beta, self._mix_stream, self.world)
         both = torch.cat([normalised, perturbed])
         with torch.no_grad():
-            maps = self._teacher_network.feature_map(both)
-            logits = self._teacher_network.classify(maps[:b].mean((2, 3)))
+            maps = self._compute(self._teacher_network.feature_map, both)
+            logits = self._compute(self._teacher_network.classify, maps[:b].mean((2, 3)))
         return Views(images, logits, normalised=both, teacher_map=maps)
 
     def student_losses(self, batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
@@ -263,10 +265,10 @@ class KD3(Method[KD3Settings]):
         assert batch.teacher_map is not None
         assert batch.teacher_logits is not None
         s, b = self.settings, len(batch.images)
-        student_map = self.network.feature_map(batch.normalised)
+        student_map = self._compute(self.network.feature_map, batch.normalised)
         teacher_map = pool_to(batch.teacher_map, student_map.shape[-2:])
         student, teacher = student_map.mean((2, 3)), batch.teacher_map.mean((2, 3))
-        logits = self.network.classify(student[:b])
+        logits = self._compute(self.network.classify, student[:b])
         weights = losses.alignment_weights(logits, batch.teacher_logits, s.form)
         ours, theirs = (student, teacher) if s.form == "paper" else (student_map, teacher_map)
         contrast = self._contrast("student", student) + self._contrast("teacher", teacher)

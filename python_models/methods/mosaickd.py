@@ -44,12 +44,11 @@ from python_models.methods.base import (
     Batch,
     Context,
     Synthesis,
-    backward_into,
     build_image_generator,
     generate,
     on_device,
-    total,
 )
+from python_models.methods.descent import Descent
 from python_models.methods.sampling import RandomOrder, SelectingMethod
 from python_models.networks import build_discriminator
 from python_models.schedule import learning_rate, set_learning_rate
@@ -121,6 +120,8 @@ class MosaicKD(SelectingMethod[MosaicKDSettings]):
         self.optimizer_d = torch.optim.Adam(
             self.discriminator.parameters(), lr=settings.lr_d, betas=(0.5, 0.999)
         )
+        self.descent_g = Descent("generator", context.precision, context.watch, context.world)
+        self.descent_d = Descent("discriminator", context.precision, context.watch, context.world)
         self.augment = RandomCropFlip(settings.crop, settings.flip)
         self._latents = context.randomness.on_device("latents")
         self._augment_stream = context.randomness.on_device("augment")
@@ -161,27 +162,31 @@ class MosaicKD(SelectingMethod[MosaicKDSettings]):
         images = self._generate()
         real = self._sample(self._real_order)
         discriminator_loss = self.discriminator_loss(images.detach(), real)
-        self.optimizer_d.zero_grad()
-        backward_into(discriminator_loss, self.discriminator, world=self.world)
-        self.optimizer_d.step()
+        terms_d = {"discriminator": discriminator_loss}
+        self.descent_d.backward(terms_d, [self.optimizer_d], self.discriminator)
+        self.descent_d.step()
         terms = self.generator_losses(images)
-        self.optimizer_g.zero_grad()
-        backward_into(total(terms), self.generator, world=self.world)
-        self.optimizer_g.step()
-        terms["discriminator"] = discriminator_loss
-        return Synthesis(None, {name: term.detach() for name, term in terms.items()})
+        self.descent_g.backward(terms, [self.optimizer_g], self.generator)
+        self.descent_g.step()
+        terms |= terms_d
+        found = {name: term.detach() for name, term in terms.items()}
+        return Synthesis(None, found, images.detach())
 
     def discriminator_loss(self, generated: Tensor, real: Tensor) -> Tensor:
         """Return the discriminator's loss for images in [0, 1]."""
-        fake = self.discriminator(self.teacher.normalise(generated))
-        true = self.discriminator(self.teacher.normalise(real))
+        fake, true = self._patches(generated), self._patches(real)
         loss = losses.patch_loss(fake, real=False) + losses.patch_loss(true, real=True)
         return 0.5 * self.settings.local * loss
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """Return the discriminator's logits for images in [0, 1]."""
+        normalised = self.teacher.normalise(images)
+        return self.context.precision.run(self.discriminator, normalised)
 
     def generator_losses(self, images: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the generator's loss for its images."""
         s = self.settings
-        patches = self.discriminator(self.teacher.normalise(images))
+        patches = self._patches(images)
         logits = self.teacher(images)
         return {
             "local": s.local * losses.patch_loss(patches, real=True),

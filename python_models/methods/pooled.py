@@ -19,7 +19,9 @@ class PoolSettings:
     """Settings of the pool and of the student's batches from it."""
 
     pool_size: int = 60000
-    """Capacity of the pool; the oldest images leave it."""
+    """Capacity of the pool."""
+    pool_policy: Literal["newest", "reservoir"] = "newest"
+    """What a full pool keeps: the newest images, or a uniform sample of all there ever were."""
     pool_storage: Literal["float", "uint8"] = "uint8"
     """How the pool stores pixels."""
     crop: int = 4
@@ -42,7 +44,12 @@ class PooledMethod(Method[PoolSettingsT]):
     def __init__(self, settings: PoolSettingsT, context: Context) -> None:
         super().__init__(settings, context)
         self.pool = ImagePool(
-            settings.pool_size, context.image_shape, context.device, settings.pool_storage
+            settings.pool_size,
+            context.image_shape,
+            context.device,
+            settings.pool_storage,
+            settings.pool_policy,
+            seed=context.randomness.stream_seed("reservoir"),
         )
         self.augment = RandomCropFlip(settings.crop, settings.flip)
         self.parts = {"pool": self.pool}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from python_models.errors import UserError
 from python_models.networks.custom import call_factory, import_factory, is_spec
+from python_models.precision import Precision
 from python_models.registry import Registry
 
 
@@ -100,6 +101,9 @@ class Classifier(nn.Module):
             images as they are.
         std: as `mean`, positive.
 
+    Attributes:
+        precision: how the network computes; float32 unless a run sets another one.
+
     Raises:
         ValueError: if the lengths differ or a std is not positive.
 
@@ -125,6 +129,7 @@ class Classifier(nn.Module):
         if not all(value > 0 for value in std):
             raise ValueError(f"std={tuple(std)} must be positive")
         self.network = network
+        self.precision = Precision()
         # Computed in double so that the one-pass form below loses nothing to rounding.
         mean64 = torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
         std64 = torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
@@ -175,7 +180,10 @@ class Classifier(nn.Module):
         Raises:
             ValueError: if the network returns something else than one tensor.
         """
-        logits = self.network(self.normalise(images))
+        return self.precision.run(self._logits, self.normalise(images))
+
+    def _logits(self, normalised: Tensor) -> Tensor:
+        logits = self.network(normalised)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{type(self.network).__name__} must return the logits [b, num_classes] alone, "
@@ -190,7 +198,7 @@ class Classifier(nn.Module):
         that vector as a map of one pixel.
         """
         if isinstance(self.network, ImageNetwork):
-            return self.network.feature_map(self.normalise(images))
+            return self.precision.run(self.network.feature_map, self.normalise(images))
         return self.features(images)[:, :, None, None]
 
     def features(self, images: Tensor) -> Tensor:
@@ -200,7 +208,9 @@ class Classifier(nn.Module):
             UserError: if the network is no `ImageNetwork` and its last `nn.Linear` does not make
                 its logits.
         """
-        normalised = self.normalise(images)
+        return self.precision.run(self._features, self.normalise(images))
+
+    def _features(self, normalised: Tensor) -> Tensor:
         if isinstance(self.network, ImageNetwork):
             return self.network.features(normalised)
         last = self._last_linear()
@@ -217,9 +227,8 @@ class Classifier(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         """Returns the logits [b, num_classes] of penultimate vectors [b, feature_dim]."""
         if isinstance(self.network, ImageNetwork):
-            return self.network.classify(features)
-        logits: Tensor = self._last_linear()(features)
-        return logits
+            return self.precision.run(self.network.classify, features)
+        return self.precision.run(self._last_linear(), features)
 
     @property
     def feature_dim(self) -> int:
