@@ -12,7 +12,8 @@ from python_models.engine import Distillation
 
 def probabilities(row: Tensor | Sequence[float], temperature: float = 1.0) -> list[float]:
     """Softmax of one row of logits."""
-    weights = [math.exp(float(x) / temperature) for x in row]
+    values = row.tolist() if isinstance(row, Tensor) else row
+    weights = [math.exp(x / temperature) for x in values]
     return [w / sum(weights) for w in weights]
 
 
