@@ -216,7 +216,6 @@ void Compensation<T>::compensate(
     const T* weights,
     T* compensated) {
   const int64_t d = in_.classes;
-  std::copy_n(in_.logits + first * d, rows * d, compensated + first * d);
   gemm(
       rows,
       d,
@@ -230,7 +229,12 @@ void Compensation<T>::compensate(
       1,
       compensated + first * d,
       d,
-      true);
+      false);
+  // Added last, so that sums of many prototypes are not rounded to the
+  // logits' digits more than once.
+  for (int64_t i = first * d; i < (first + rows) * d; ++i) {
+    compensated[i] += in_.logits[i];
+  }
 }
 
 template <typename T>
