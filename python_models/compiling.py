@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -11,7 +13,12 @@ from python_models.networks import Classifier, ImageNetwork
 
 
 def compiled_networks(
-    teacher: Classifier, student: Classifier, device: torch.device, *, reads_features: bool
+    teacher: Classifier,
+    student: Classifier,
+    device: torch.device,
+    *,
+    reads_features: bool,
+    cuda_graphs: bool = False,
 ) -> Classifier:
     """Compile a student in place, and a teacher's pass without hooks.
 
@@ -23,20 +30,27 @@ def compiled_networks(
         student: Student.
         device: Where both are.
         reads_features: Whether the method reads the vector before the student's last layer.
+        cuda_graphs: Whether passes are replayed as CUDA graphs. What one returns then lasts until
+            the next call of torch.compiler.cudagraph_mark_step_begin.
 
     Returns:
         A teacher to compute logits alone, compiled.
 
     Raises:
-        UserError: If there is no compiler, or the student's features are read by a hook.
+        UserError: If there is no compiler, no GPU for CUDA graphs, or the student's features are
+            read by a hook.
     """
+    if cuda_graphs and device.type != "cuda":
+        raise UserError(f"cuda_graphs=True needs a GPU, but device={device}: give --no-cuda-graphs")
     _require_compiler(device)
+    mode = "reduce-overhead" if cuda_graphs else None
+    compile_ = partial(torch.compile, mode=mode)
     network = student.network
     if isinstance(network, ImageNetwork):
         # All its results come by way of the one of these that it defines.
         own_map = type(network).feature_map is not ImageNetwork.feature_map
         name = "feature_map" if own_map else "features"
-        setattr(network, name, torch.compile(getattr(network, name)))
+        setattr(network, name, compile_(getattr(network, name)))
     elif reads_features:
         raise UserError(
             f"compile=True cannot be used with a student {type(network).__name__} whose features "
@@ -44,8 +58,8 @@ def compiled_networks(
             "give --no-compile"
         )
     else:
-        network.compile()
-    compiled: nn.Module = torch.compile(teacher.network)  # type: ignore[assignment]
+        network.compile(mode=mode)
+    compiled: nn.Module = compile_(teacher.network)  # type: ignore[assignment]
     seen = Classifier(compiled, teacher.mean.flatten().tolist(), teacher.std.flatten().tolist())
     seen.precision = teacher.precision
     return seen.to(device).eval()

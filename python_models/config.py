@@ -110,6 +110,8 @@ class TrainingConfig:
     """Keep teacher and student in the memory format that convolutions on GPUs prefer."""
     compile: bool = False
     """Compile the student, and the teacher's pass of student steps, by torch.compile."""
+    cuda_graphs: bool = False
+    """With --compile, on a GPU: replay compiled passes as CUDA graphs (mode reduce-overhead)."""
     seed: int = 0
     """Seed of everything random; on a CPU the same seed gives bitwise the same run."""
     device: str = "auto"
@@ -581,6 +583,8 @@ def check(config: DistillConfig[Any]) -> None:
     training = config.training
     if training.nesterov and not training.momentum > 0:
         raise UserError(f"nesterov=True needs a momentum above 0, got {training.momentum}")
+    if training.cuda_graphs and not training.compile:
+        raise UserError("cuda_graphs=True replays what torch.compile makes: give --compile as well")
     if training.ep_steps < 0:
         raise UserError(f"ep_steps={training.ep_steps} must be >= 0")
     # The methods' own settings follow the same naming.

@@ -204,6 +204,7 @@ class Distillation:
                 self.student,
                 device,
                 reads_features="student" in method_class.needs_features,
+                cuda_graphs=config.training.cuda_graphs,
             )
         self.deployed = self.student
         extra: Sequence[dict[str, Any]] = ()
@@ -366,6 +367,8 @@ class Distillation:
         temperature = self.config.training.temperature
         if self.kdci is not None:
             self._compensated_logits = student_logits.detach()
+            if self.config.training.cuda_graphs:  # the next step overwrites its passes' results
+                self._compensated_logits = self._compensated_logits.clone()
             return self.kdci.loss(student_logits, teacher_logits, temperature)
         return kd_divergence(student_logits, teacher_logits, temperature)
 
@@ -468,6 +471,8 @@ class Distillation:
             learning_rate(t.schedule, t.lr, done, lr_min=t.lr_min, milestones=t.milestones),
         )
         self.deployed.train()
+        if t.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         batch = self.method.next_batch()
         teacher_logits = self._teacher_logits(batch)
         losses = self.method.student_losses(batch, self._divergence)

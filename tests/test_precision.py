@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny_task import METHOD_SETTINGS, make_task, resumed, start, tiny_config
 from torch import Tensor, nn
 
-from python_models.config import EvaluateConfig
+from python_models import compiling
+from python_models.config import EvaluateConfig, check
 from python_models.engine import Distillation, distill
 from python_models.errors import UserError
 from python_models.evaluate import evaluate
@@ -274,6 +275,30 @@ def test_without_a_compiler_there_is_one_line(
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(UserError, match=r"compile=True: .*\(no C\+\+ compiler found\): install"):
         start(task, "noise", compile=True)
+
+
+def test_cuda_graphs_are_those_of_the_compiler(
+    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused without --compile and without a GPU; on one, all compiled passes are of this mode."""
+    with pytest.raises(UserError, match="give --compile as well"):
+        check(tiny_config(task, "noise", cuda_graphs=True))
+    with pytest.raises(UserError, match="cuda_graphs=True needs a GPU, but device=cpu"):
+        start(task, "noise", compile=True, cuda_graphs=True)
+    modes: list[str | None] = []
+
+    def compile_(function: Any, mode: str | None = None, **_: Any) -> Any:
+        modes.append(mode)
+        return function
+
+    run = start(task, "noise")
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(compiling, "_require_compiler", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    for wanted in (True, False):
+        networks = (run.teacher, run.student, torch.device("cuda"))
+        compiling.compiled_networks(*networks, reads_features=False, cuda_graphs=wanted)
+    assert modes == ["reduce-overhead", "reduce-overhead", None, None]
 
 
 # --- image pool -----------------------------------------------------------------------------------
