@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def compiled_networks(
         device: Where both are.
         reads_features: Whether the method reads the vector before the student's last layer.
         cuda_graphs: Whether passes are replayed as CUDA graphs. What one returns then lasts until
-            the next call of torch.compiler.cudagraph_mark_step_begin.
+            the next call of `begin_step`.
 
     Returns:
         A teacher to compute logits alone, compiled.
@@ -63,6 +64,12 @@ def compiled_networks(
     seen = Classifier(compiled, teacher.mean.flatten().tolist(), teacher.std.flatten().tolist())
     seen.precision = teacher.precision
     return seen.to(device).eval()
+
+
+def begin_step() -> None:
+    """Let CUDA graphs overwrite what they returned in the last step."""
+    mark: Any = torch.compiler.cudagraph_mark_step_begin  # Any: it has no types
+    mark()
 
 
 def _require_compiler(device: torch.device) -> None:

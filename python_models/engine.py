@@ -34,7 +34,7 @@ from python_models.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from python_models.compiling import compiled_networks
+from python_models.compiling import begin_step, compiled_networks
 from python_models.config import DistillConfig, check, flatten, write_yaml
 from python_models.data import (
     LabelledData,
@@ -472,7 +472,7 @@ class Distillation:
         )
         self.deployed.train()
         if t.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            begin_step()
         batch = self.method.next_batch()
         teacher_logits = self._teacher_logits(batch)
         losses = self.method.student_losses(batch, self._divergence)
