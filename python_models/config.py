@@ -113,7 +113,7 @@ class TrainingConfig:
     cuda_graphs: bool = False
     """With --compile, on a GPU: replay compiled passes as CUDA graphs (mode reduce-overhead)."""
     seed: int = 0
-    """Seed of everything random; on a CPU the same seed gives bitwise the same run."""
+    """Seed of everything random; on a CPU, with as many threads, it gives bitwise the same run."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, ..."""
 
