@@ -109,7 +109,7 @@ def test_the_zoo_has_every_method_and_floors_for_it() -> None:
     cells = load_study("zoo").cells
     assert {cell.config.method for cell in cells} == set(METHODS.names()) - {"noise"}
     assert all(cell.floor is not None and cell.floor > 50 for cell in cells)
-    assert len(load_study("mini").cells) == 6 * 2 * 5
+    assert len(load_study("mini").cells) == 8 * 2 * 5
 
 
 def test_the_later_of_settings_task_method_and_variant_wins(tmp_path: Path) -> None:

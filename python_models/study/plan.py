@@ -176,7 +176,7 @@ def load_study(name: str) -> Study:
     Example:
         >>> study = load_study("mini")
         >>> study.baseline, len(study.entries), len(study.cells)
-        ('vanilla', 6, 60)
+        ('vanilla', 8, 80)
     """
     path = find_study(name)
     return _Reader(path, read_yaml(path)).study()
