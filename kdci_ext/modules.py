@@ -6,13 +6,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from kdci_ext import _checks
+from kdci_ext import _checks, reference
 from kdci_ext.dictionary import ConfounderDictionary
 from kdci_ext.distributed import (
     GATHERED_ROWS,
@@ -34,6 +34,10 @@ from kdci_ext.streaming import column_moments
 __all__ = ["KDCI", "PriorCompensation"]
 
 Attention = Literal["learned", "uniform", "random"]
+Prototypes = Literal["kmeans", "random", "shuffled", "classes"]
+
+DIAGNOSED_VALUES = 2**24
+"""Numbers, B x K x H, in one piece of :meth:`PriorCompensation.attention_weights`."""
 
 
 class PriorCompensation(nn.Module):
@@ -49,12 +53,17 @@ class PriorCompensation(nn.Module):
         scale: Factor on the prior; 1 is the paper.
         attention: ``"learned"``, or, for the paper's ablation (Table 4), ``"uniform"``: all
             scores equal, or ``"random"``: normal scores, new at each call. The last two have no
-            parameters.
+            weights of attention.
+        attention_temperature: Ours: divisor of the scores; below 1 attention concentrates. 1 is
+            the paper.
+        init_gain: Ours: factor on the initial :math:`W_q, W_k, w_t`.
+        projection: Ours: bring the prior into the logits by a learnable matrix,
+            :math:`s'_b = s_b + W_p F_b` with :math:`W_p` [d, d] Xavier-normal at first.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size is below 1, or an option is unknown.
+        ValueError: If a size is below 1, a factor is not positive, or an option is unknown.
 
     Example:
         >>> compensation = PriorCompensation(num_classes=10)
@@ -71,6 +80,9 @@ class PriorCompensation(nn.Module):
         weighting: Weighting = "paper",
         scale: float = 1.0,
         attention: Attention = "learned",
+        attention_temperature: float = 1.0,
+        init_gain: float = 1.0,
+        projection: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -82,29 +94,94 @@ class PriorCompensation(nn.Module):
         self.weighting: Weighting = weighting
         self.scale = _checks.finite_float("scale", scale)
         self.attention: Attention = attention
+        self.attention_temperature = _checks.finite_float(
+            "attention_temperature", attention_temperature, above=0
+        )
+        self.init_gain = _checks.finite_float("init_gain", init_gain, above=0)
         self.backend: Backend = backend
         if attention == "learned":
             self.w_query = nn.Parameter(torch.empty(hidden_dim, num_classes))
             self.w_key = nn.Parameter(torch.empty(hidden_dim, num_classes))
             self.w_score = nn.Parameter(torch.empty(hidden_dim))
-            self.reset_parameters()
+        self.w_project: nn.Parameter | None = None
+        if projection:
+            self.w_project = nn.Parameter(torch.empty(num_classes, num_classes))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, uniform in +- 1 / sqrt(inputs), from PyTorch's generator."""
-        for weight in self.parameters():
-            _init_like_linear(weight)
+        """Draw the weights anew from PyTorch's generator.
+
+        Those of attention uniform in +- gain / sqrt(inputs), the projection Xavier-normal.
+        """
+        if self.attention == "learned":
+            for weight in (self.w_query, self.w_key, self.w_score):
+                _init_like_linear(weight, self.init_gain)
+        if self.w_project is not None:
+            nn.init.xavier_normal_(self.w_project)
 
     def forward(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
         """Return the compensated logits S', [B, d], of ``logits`` [B, d]."""
+        if self.w_project is None:
+            return self._added(logits, dictionary)
+        # In float32 at least, so that the difference is the prior and not rounding.
+        wide = logits.to(torch.promote_types(logits.dtype, self.w_project.dtype))
+        with torch.autocast(logits.device.type, enabled=False):
+            prior = self._added(wide, dictionary) - wide
+            return (wide + prior @ self.w_project.T).to(logits.dtype)
+
+    def _added(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
+        """Add the prior as it is."""
         if self.attention != "learned":
             return self._with_fixed_attention(logits, dictionary)
         return compensate(
             *(logits, dictionary.prototypes, dictionary.proportions),
-            *(self.w_query, self.w_key, self.w_score),
+            *self._weights(),
             weighting=self.weighting,
             scale=self.scale,
             backend=self.backend,
         )
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return W_q, W_k and w_t, the last one divided by the temperature of attention."""
+        w_score: Tensor = self.w_score
+        if self.attention_temperature != 1:
+            w_score = w_score / self.attention_temperature
+        return self.w_query, self.w_key, w_score
+
+    @torch.no_grad()
+    def attention_weights(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
+        """Return how each row attends to the prototypes, to be looked at: lambda, [B, K].
+
+        Args:
+            logits: Student logits S, [B, d].
+            dictionary: Whose prototypes are attended to.
+
+        Returns:
+            float32, or float64 if an input is; rows sum to 1. With ``weighting="posterior"`` the
+            weights that have the proportions in them.
+
+        Raises:
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape.
+
+        Example:
+            >>> compensation = PriorCompensation(num_classes=10)
+            >>> d = confounder_dictionary(torch.randn(256, 10), num_prototypes=8)
+            >>> compensation.attention_weights(torch.randn(32, 10), d).shape
+            torch.Size([32, 8])
+        """
+        prototypes, proportions = dictionary.prototypes, dictionary.proportions
+        _checks.tensor("logits", logits, ("B", "d"))
+        _checks.size("logits", logits, 1, prototypes.shape[1], "number of prototype columns")
+        if self.attention != "learned":
+            return self._fixed_weights(logits, dictionary)
+        rows = max(1, DIAGNOSED_VALUES // (len(prototypes) * self.hidden_dim))
+        posterior = self.weighting == "posterior"
+        parts = [
+            reference.compensate(part, prototypes, proportions, *self._weights(), posterior, 1.0)[1]
+            for part in torch.split(logits, rows)
+        ]
+        return torch.cat(parts)
 
     def loss(
         self,
@@ -114,9 +191,9 @@ class PriorCompensation(nn.Module):
         temperature: float = 1.0,
     ) -> Tensor:
         """Return KL_T(teacher || S'), []; see ``functional.compensated_kd_loss``."""
-        if self.attention != "learned":
+        if self.attention != "learned" or self.w_project is not None:
             _checks.finite_float("temperature", temperature, above=0)
-            compensated = self._with_fixed_attention(student_logits, dictionary)
+            compensated = self(student_logits, dictionary)
             dtype = torch.promote_types(compensated.dtype, torch.float32)
             divergence = F.kl_div(
                 F.log_softmax(compensated.to(dtype) / temperature, 1),
@@ -127,7 +204,7 @@ class PriorCompensation(nn.Module):
             return divergence * temperature**2
         return compensated_kd_loss(
             *(student_logits, teacher_logits, dictionary.prototypes, dictionary.proportions),
-            *(self.w_query, self.w_key, self.w_score),
+            *self._weights(),
             temperature,
             weighting=self.weighting,
             scale=self.scale,
@@ -139,20 +216,27 @@ class PriorCompensation(nn.Module):
         prototypes, proportions = dictionary.prototypes, dictionary.proportions
         _checks.tensor("logits", logits, ("B", "d"))
         _checks.size("logits", logits, 1, prototypes.shape[1], "number of prototype columns")
+        weights = self._fixed_weights(logits, dictionary)
+        values = prototypes if self.weighting == "posterior" else proportions[:, None] * prototypes
+        return logits + (self.scale * (weights @ values)).to(logits.dtype)
+
+    def _fixed_weights(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
+        """Return the weights of equal or random scores, [B, K]."""
+        prototypes = dictionary.prototypes
         scores = logits.new_zeros(logits.shape[0], prototypes.shape[0], dtype=prototypes.dtype)
         if self.attention == "random":
-            scores = torch.randn_like(scores)
+            scores = torch.randn_like(scores) / self.attention_temperature
         if self.weighting == "posterior":
-            prior = torch.softmax(scores + proportions.log(), 1) @ prototypes
-        else:
-            prior = torch.softmax(scores, 1) @ (proportions[:, None] * prototypes)
-        return logits + (self.scale * prior).to(logits.dtype)
+            scores = scores + dictionary.proportions.log()
+        return torch.softmax(scores, 1)
 
     def extra_repr(self) -> str:
         """Describe the module in its repr."""
         return (
             f"num_classes={self.num_classes}, hidden_dim={self.hidden_dim}, "
-            f"weighting={self.weighting!r}, scale={self.scale:g}, attention={self.attention!r}"
+            f"weighting={self.weighting!r}, scale={self.scale:g}, attention={self.attention!r}, "
+            f"attention_temperature={self.attention_temperature:g}, init_gain={self.init_gain:g}, "
+            f"projection={self.w_project is not None}"
         )
 
 
@@ -180,8 +264,16 @@ class KDCI(nn.Module):
         weighting: ``"paper"`` or ``"posterior"``; see :func:`kdci_ext.functional.compensate`.
         scale: Factor on the prior; 1 is the paper.
         attention: See :class:`PriorCompensation`.
+        attention_temperature: Likewise.
+        init_gain: Likewise.
+        projection: Likewise.
         prototypes: ``"kmeans"``, or for the ablation ``"random"``: normal draws with the features'
-            column means and standard deviations.
+            column means and standard deviations. Two are ours, to compare with:
+            ``"shuffled"``, a prior of the same size that knows nothing of the classes: each
+            prototype of k-means with its columns in an order drawn at random; and ``"classes"``,
+            logit adjustment (Menon et al., ICLR 2021): every prototype is the log of the mean
+            softmax of the features, and every proportion 1, so that the prior is ``scale`` times
+            log p(class), whatever attention does.
         proportions: ``"frequency"``, or for the ablation ``"none"``: leave P(z) out.
         dictionary_dim: d', the width of another model's logits that :meth:`update` is given; by
             default they are the teacher's, of width d, and there is no mapping matrix.
@@ -215,7 +307,10 @@ class KDCI(nn.Module):
         weighting: Weighting = "paper",
         scale: float = 1.0,
         attention: Attention = "learned",
-        prototypes: Literal["kmeans", "random"] = "kmeans",
+        attention_temperature: float = 1.0,
+        init_gain: float = 1.0,
+        projection: bool = False,
+        prototypes: Prototypes = "kmeans",
         proportions: Literal["frequency", "none"] = "frequency",
         dictionary_dim: int | None = None,
         pca_components: int | Literal["auto"] = "auto",
@@ -230,10 +325,13 @@ class KDCI(nn.Module):
             weighting=weighting,
             scale=scale,
             attention=attention,
+            attention_temperature=attention_temperature,
+            init_gain=init_gain,
+            projection=projection,
             backend=backend,
         )
         self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
-        self.prototype_source = _checks.choice("prototypes", prototypes, ("kmeans", "random"))
+        self.prototype_source = _checks.choice("prototypes", prototypes, get_args(Prototypes))
         self.proportion_source = _checks.choice("proportions", proportions, ("frequency", "none"))
         self.pca_components = pca_components
         self.max_iter = _checks.positive_int("max_iter", max_iter)
@@ -311,15 +409,10 @@ class KDCI(nn.Module):
             backend=self.compensation.backend,
         )
         prototypes, proportions = found.prototypes, found.proportions
-        if self.prototype_source == "random":
-            moments = column_moments(rows)
-            if cluster is not confounder_dictionary:
-                moments = moments.all_reduce(group)
-            deviation = (moments.scatter.diagonal() / moments.count).sqrt()
-            drawn_on = rows.device if generator is None else generator.device
-            normal = torch.randn(prototypes.shape, generator=generator, device=drawn_on)
-            prototypes = (moments.mean + deviation * normal.to(deviation)).to(prototypes)
-        if self.proportion_source == "none":
+        if self.prototype_source != "kmeans":
+            across = None if cluster is confounder_dictionary else group
+            prototypes = self._instead_of(prototypes, rows, generator, across)
+        if self.proportion_source == "none" or self.prototype_source == "classes":
             proportions = torch.ones_like(proportions)
         self.prototypes.copy_(prototypes)
         self.proportions.copy_(proportions)
@@ -331,6 +424,43 @@ class KDCI(nn.Module):
             return found
         first = sum(counts[: distributed.get_rank(group)])
         return replace(found, labels=found.labels[first : first + len(teacher_logits)])
+
+    def _instead_of(
+        self,
+        prototypes: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        group: distributed.ProcessGroup | None,
+    ) -> Tensor:
+        """Return what an option takes in place of the clusters' means, [K, d].
+
+        Args:
+            prototypes: The means, [K, d].
+            rows: The features, [n, d]; with ``group`` this process's rows of them.
+            generator: Source of the random draws.
+            group: Processes that hold the other rows.
+        """
+        drawn_on = rows.device if generator is None else generator.device
+        if self.prototype_source == "shuffled":
+            draws = torch.rand(prototypes.shape, generator=generator, device=drawn_on)
+            return prototypes.gather(1, draws.argsort(1).to(prototypes.device))
+        is_of_classes = self.prototype_source == "classes"
+        moments = column_moments(rows.softmax(1) if is_of_classes else rows)
+        if group is not None:
+            moments = moments.all_reduce(group)
+        if is_of_classes:
+            smallest = torch.finfo(prototypes.dtype).tiny
+            return moments.mean.to(prototypes).clamp(min=smallest).log().expand_as(prototypes)
+        deviation = (moments.scatter.diagonal() / moments.count).sqrt()
+        normal = torch.randn(prototypes.shape, generator=generator, device=drawn_on)
+        return (moments.mean + deviation * normal.to(deviation)).to(prototypes)
+
+    def attention_weights(self, student_logits: Tensor) -> Tensor:
+        """Return how each row attends to the prototypes, to be looked at: lambda, [B, K].
+
+        See :meth:`PriorCompensation.attention_weights`.
+        """
+        return self.compensation.attention_weights(student_logits, self._dictionary())
 
     def forward(self, student_logits: Tensor) -> Tensor:
         """Return the compensated logits S', [B, d], of ``student_logits`` [B, d]."""
@@ -381,9 +511,9 @@ class KDCI(nn.Module):
         )
 
 
-def _init_like_linear(weight: nn.Parameter) -> None:
-    inputs = weight.shape[-1]
-    nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
+def _init_like_linear(weight: nn.Parameter, gain: float = 1.0) -> None:
+    bound = gain * weight.shape[-1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)
 
 
 def _note_loaded_dictionary(module: nn.Module, incompatible_keys: Any) -> None:

@@ -240,8 +240,8 @@ def _distill(words: list[str]) -> None:
         DistillArguments(sources=Sources(), run=defaults),
         "Distil a teacher into a student, without the teacher's data.",
     )
+    from python_models.distill import describe, distill
     from python_models.distributed import is_first_process
-    from python_models.engine import describe, distill
 
     _make_working_directory_importable()
     result = distill(arguments.run)

@@ -10,6 +10,7 @@ This module imports neither torch nor the methods, so that the command line stay
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,6 +50,9 @@ class TaskConfig:
     """Folder that holds the datasets."""
     unlabelled: str | None = None
     """Images of a sampling method: a folder, an .npz file or a dataset's name."""
+    unlabelled_imbalance: float = 1.0
+    """Times that the first class of --unlabelled is made more frequent than the last one, to study
+    imbalanced data; --unlabelled must be a dataset or an .npz with labels then."""
     evaluate: bool = True
     """Measure accuracy on the dataset's test images (the only original data ever opened)."""
 
@@ -134,8 +138,19 @@ class CompensationConfig:
     """Factor on the compensation."""
     kdci_attention: Literal["learned", "uniform", "random"] = "learned"
     """Attention over the prototypes (ablation)."""
-    kdci_dictionary: Literal["kmeans", "random"] = "kmeans"
-    """Prototypes from k-means or random rows (ablation)."""
+    kdci_attention_temperature: float = 1.0
+    """Divisor of the attention's scores (ours); below 1 attention concentrates."""
+    kdci_init_gain: float = 1.0
+    """Factor on the attention's initial weights (ours)."""
+    kdci_projection: bool = False
+    """Bring the prior into the logits by a learnable matrix (ours)."""
+    kdci_lr_factor: float = 1.0
+    """Factor on the learning rate for KDCI's weights (ours)."""
+    kdci_dictionary: Literal["kmeans", "random", "shuffled", "classes"] = "kmeans"
+    """Prototypes: k-means; normal draws (ablation); those of k-means with the classes shuffled, or
+    log p(class), which is logit adjustment (ours, to compare with)."""
+    kdci_batches: int = 1
+    """Generated batches, the last ones, that the dictionary is made from (ours)."""
     kdci_proportions: Literal["frequency", "none"] = "frequency"
     """Proportions of the clusters, or none (ablation)."""
     kdci_dictionary_teacher: str | None = None
@@ -580,6 +595,10 @@ def check(config: DistillConfig[Any]) -> None:
             "teacher is required: --teacher RUN_FOLDER, FILE.safetensors, or with "
             "--teacher-weights the name of a network or package.module:callable"
         )
+    if not 1 <= config.task.unlabelled_imbalance < math.inf:
+        raise UserError(
+            f"unlabelled_imbalance={config.task.unlabelled_imbalance} must be >= 1 and finite"
+        )
     training = config.training
     if training.nesterov and not training.momentum > 0:
         raise UserError(f"nesterov=True needs a momentum above 0, got {training.momentum}")
@@ -602,9 +621,14 @@ def check(config: DistillConfig[Any]) -> None:
             f"kd_steps={training.kd_steps} must be <= ep_steps={training.ep_steps}: an epoch holds "
             "whole rounds"
         )
-    prototypes = compensation.kdci_prototypes
-    if prototypes is not None and prototypes < 1:
-        raise UserError(f"kdci_prototypes={prototypes} must be >= 1")
+    for name in ("kdci_prototypes", "kdci_batches"):
+        count = getattr(compensation, name)
+        if count is not None and count < 1:
+            raise UserError(f"{name}={count} must be >= 1")
+    for name in ("kdci_attention_temperature", "kdci_init_gain", "kdci_lr_factor"):
+        factor = getattr(compensation, name)
+        if not 0 < factor < math.inf:
+            raise UserError(f"{name}={factor} must be > 0 and finite")
     other = compensation.kdci_dictionary_teacher
     for name in ("kdci_dictionary_weights", "kdci_dictionary_dataset"):
         if other is None and getattr(compensation, name) is not None:

@@ -174,7 +174,7 @@ def _student_settings(
 
 
 def _run_here(runs: dict[str, dict[str, Any]]) -> None:
-    from python_models.engine import distill
+    from python_models.distill import distill
 
     for settings in runs.values():
         distill(distill_config(**settings))

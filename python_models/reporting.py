@@ -30,6 +30,9 @@ METRICS = {
     "dictionary_entropy": "of the confounder dictionary's proportions, in nats: at most log K",
     "compensation_ratio": "mean |F| / mean |S|: KDCI's compensation by the student's logits, on "
     "the epoch's last batch",
+    "attention_prototypes": "exp of the mean entropy of its attention: K where all prototypes are "
+    "attended to alike, 1 where each image attends to one",
+    "compensation_shift": "mean KL(softmax(S) || softmax(S + F)), in nats, likewise",
     "class_entropy": "of the teacher's predictions on the epoch's images, in nats: log of the "
     "number of classes where all are equally common, 0 where one is all",
     "class_min": "share of the rarest class among these predictions, in [0, 1]",

@@ -48,9 +48,9 @@ def learning_rate(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the rate of all of an optimiser's parameters."""
+    """Set the rate of all of an optimiser's parameters, times the `lr_factor` of their group."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_factor", 1.0)
 
 
 def differing_settings(settings: Mapping[str, Any], saved: Path) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 PRELOADED = [
     *("torch", "tyro", "matplotlib.figure", "matplotlib.image", "matplotlib.backends.backend_agg"),
-    *("python_models.cli", "python_models.engine"),
+    *("python_models.cli", "python_models.distill"),
     "torch._dynamo",  # which torch imports when the first optimiser is made
 ]
 
@@ -117,7 +117,7 @@ def _child(
 
 def _count(kill: tuple[str, int] | None, count_all: bool) -> dict[str, int]:
     """Count events, and die at the one asked for."""
-    engine: Any = importlib.import_module("python_models.engine")
+    distill: Any = importlib.import_module("python_models.distill")
     counted = {"training": 0, "writing": 0, "process": 0}
     active = {"process"}
 
@@ -143,9 +143,9 @@ def _count(kill: tuple[str, int] | None, count_all: bool) -> dict[str, int]:
             sys.setprofile(None)
         return finish(session)
 
-    save, engine.save_checkpoint = engine.save_checkpoint, save_checkpoint
-    advance, engine.Distillation.advance = engine.Distillation.advance, train
-    finish, engine._Session._write_results = engine._Session._write_results, write_results
+    save, distill.save_checkpoint = distill.save_checkpoint, save_checkpoint
+    advance, distill.Distillation.advance = distill.Distillation.advance, train
+    finish, distill._Session._write_results = distill._Session._write_results, write_results
     if count_all:
         sys.setprofile(on_event)
     return counted

@@ -20,11 +20,13 @@ from tiny_task import in_double, tiny_config
 from torch import Tensor, distributed, nn
 
 import kdci_ext
-from python_models import cli, engine
+from python_models import cli
+from python_models import distill as distilling
 from python_models import distributed as processes
 from python_models.data import unlabelled
+from python_models.distill import distill
 from python_models.distributed import World
-from python_models.engine import Distillation, distill
+from python_models.engine import Distillation
 from python_models.errors import PeerError, UserError
 from python_models.methods import cid, kd3
 from python_models.teacher import load_network
@@ -180,13 +182,13 @@ class _Clock:
 
 def run_by_clocks(rank: int, task: dict[str, Any], method: str, values: dict[str, Any]) -> None:
     """Distil, with a clock that goes a minute a step in the last process alone."""
-    original = engine.time
+    original = distilling.time
     is_last = rank == distributed.get_world_size() - 1
-    engine.time = _Clock(60.0 if is_last else 1e-3)  # type: ignore[assignment]
+    distilling.time = _Clock(60.0 if is_last else 1e-3)  # type: ignore[assignment]
     try:
         run(rank, task, method, values)
     finally:
-        engine.time = original
+        distilling.time = original
 
 
 def cluster(rank: int, shards: list[Tensor], options: dict[str, Any]) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from python_models.checkpoint import (
 from python_models.cli import main
 from python_models.config import InputConfig, distill_config, read_arguments
 from python_models.data import load_labelled
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.evaluate import accuracy
 from python_models.methods import METHODS

@@ -14,7 +14,8 @@ from tiny_task import start as start_run
 from torch import Tensor
 
 from python_models.data import load_labelled, to_float
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.evaluate import accuracy
 from python_models.losses import class_representation_loss, kd_divergence, normalised_mse_loss

@@ -259,11 +259,11 @@ def test_ctrl_c_ends_with_130(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from python_models import engine
+    from python_models.engine import Distillation
 
     def interrupted(self: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Distillation, "advance", interrupted)
+    monkeypatch.setattr(Distillation, "advance", interrupted)
     assert main(distill_words(task, tmp_path / "run")) == 130
     assert capsys.readouterr().err == "stopped\n"

@@ -29,7 +29,8 @@ from python_models.data import (
     load_labelled,
     to_float,
 )
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.evaluate import accuracies
 from python_models.teacher import load_network, train_teacher

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import kdci_ext
 from python_models.checkpoint import load_checkpoint
+from python_models.distill import distill
 from python_models.distributed import Part, World
-from python_models.engine import distill
 from python_models.errors import UserError
 
 

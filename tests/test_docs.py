@@ -58,7 +58,7 @@ def test_every_command_is_a_call_in_the_readme(monkeypatch, tmp_path):
     """
     functions = {
         "train-teacher": "teacher.train_teacher",
-        "distill": "engine.distill",
+        "distill": "distill.distill",
         "evaluate": "evaluate.evaluate",
         "report": "report.report",
         "study": "study.run_study",

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from python_models import interruption
 from python_models.checkpoint import load_checkpoint
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.health import Health, image_diversity
 from python_models.methods import METHODS

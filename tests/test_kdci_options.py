@@ -13,7 +13,8 @@ from torch import Tensor
 from python_models.checkpoint import NetworkInfo, export_network, read_weights, save_checkpoint
 from python_models.config import check, distill_config
 from python_models.data import to_float
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.methods.base import Synthesis
 from python_models.networks import build_network
@@ -53,7 +54,7 @@ def test_a_generators_dictionary_is_the_other_models_logits_of_the_same_images(
     method: str, task: dict[str, Any]
 ) -> None:
     run = start(task, method)
-    assert run.dictionary_model is not None
+    assert run.compensation.dictionary_model is not None
     features = watch_updates(run)
     made: list[Tensor] = []
     original = run.method.begin_round
@@ -71,7 +72,7 @@ def test_a_generators_dictionary_is_the_other_models_logits_of_the_same_images(
     assert len(features) == 2
     for rows, images in zip(features, made[-2:], strict=True):
         assert rows.shape[1] == OTHER_CLASSES
-        expected = run.dictionary_model.network((images - 0.3) / 0.4)
+        expected = run.compensation.dictionary_model.network((images - 0.3) / 0.4)
         torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -82,10 +83,10 @@ def test_a_sampling_methods_dictionary_is_that_of_all_selected_images(
     method: str, count: int, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same images as the teacher's own dictionary: KD3's are its first epoch's."""
-    monkeypatch.setattr("python_models.engine.DICTIONARY_BATCH", 7)
+    monkeypatch.setattr("python_models.compensation.DICTIONARY_BATCH", 7)
     run = start(task, method, kdci=True)
     own = start({**task, "kdci_dictionary_teacher": None}, method, kdci=True)
-    assert run.dictionary_model is not None
+    assert run.compensation.dictionary_model is not None
     features, of_teacher = watch_updates(run), watch_updates(own)
     for each in (run, own):
         each.prepare()
@@ -93,7 +94,9 @@ def test_a_sampling_methods_dictionary_is_that_of_all_selected_images(
     assert [rows.shape for rows in features] == [(count, OTHER_CLASSES)]
     images = to_float(run.method.dictionary_images())
     with torch.no_grad():
-        torch.testing.assert_close(features[0], run.dictionary_model(images), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            features[0], run.compensation.dictionary_model(images), atol=1e-5, rtol=1e-4
+        )
         torch.testing.assert_close(of_teacher[0], own.teacher(images), atol=1e-5, rtol=1e-4)
 
 
@@ -105,7 +108,7 @@ def test_the_mapping_learns_with_the_student_and_changes_nothing_else(
     own = start({**task, "kdci_dictionary_teacher": None}, "dafl")
     assert run.kdci is not None
     assert own.kdci is not None
-    assert own.dictionary_model is None
+    assert own.compensation.dictionary_model is None
     assert run.kdci.w_map is not None
     assert run.kdci.w_map.shape == (4, OTHER_CLASSES)
     assert torch.equal(run.kdci.compensation.w_key, own.kdci.compensation.w_key)
@@ -115,12 +118,12 @@ def test_the_mapping_learns_with_the_student_and_changes_nothing_else(
 
     fresh = start(task, "dafl")
     assert fresh.kdci is not None
-    assert fresh.dictionary_model is not None
+    assert fresh.compensation.dictionary_model is not None
     before = [p.detach().clone() for p in fresh.kdci.parameters()]
-    weights = [p.clone() for p in fresh.dictionary_model.parameters()]
+    weights = [p.clone() for p in fresh.compensation.dictionary_model.parameters()]
     fresh.advance()
     assert all(not torch.equal(a, b) for a, b in zip(before, fresh.kdci.parameters(), strict=True))
-    parameters = fresh.dictionary_model.parameters()
+    parameters = fresh.compensation.dictionary_model.parameters()
     assert all(torch.equal(a, b) for a, b in zip(weights, parameters, strict=True))
 
 

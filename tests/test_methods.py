@@ -18,7 +18,7 @@ from torch import Tensor
 import python_models.data.labelled
 from python_models import losses
 from python_models.data import to_float
-from python_models.engine import distill
+from python_models.distill import distill
 from python_models.errors import DivergenceError, UserError
 from python_models.methods import METHODS
 from python_models.methods.base import Batch, Method

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from python_models import compiling
 from python_models.config import EvaluateConfig, check
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.evaluate import evaluate
 from python_models.losses import BatchNormStatistics

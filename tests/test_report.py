@@ -22,7 +22,8 @@ from python_models.checkpoint import load_checkpoint
 from python_models.cli import main
 from python_models.config import ReportConfig, distill_config
 from python_models.data import LabelledImages, load_labelled, to_float
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.report import ReportResult, figures, frechet_distance, report
 from python_models.report.collect import common_task, compare, read_runs
@@ -30,6 +31,10 @@ from python_models.report.measure import by_class, spread
 from python_models.reporting import METRICS
 from python_models.teacher import load_network
 
+HEALTH = (
+    *("dictionary_entropy", "compensation_ratio"),
+    *("attention_prototypes", "compensation_shift"),
+)
 ONE_PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
@@ -559,7 +564,7 @@ def test_runs_from_before_memory_and_health_were_recorded(runs: Path) -> None:
         del summary["peak_memory_mb"]
         (runs / name / "summary.json").write_text(json.dumps(summary))
     rows = metrics_of(runs / "kdci")
-    kept = [key for key in rows[0] if key not in ("dictionary_entropy", "compensation_ratio")]
+    kept = [key for key in rows[0] if key not in HEALTH]
     lines = [",".join(kept), *(",".join(row[key] for key in kept) for row in rows)]
     (runs / "kdci" / "metrics.csv").write_text("\n".join(lines) + "\n")
     result, _ = quick(runs)
@@ -783,18 +788,19 @@ def started(folder: Path) -> Distillation:
     config = tiny_config(make_task(folder), "dafl", kdci_attention="random")
     teacher = load_network(str(folder / "teacher.safetensors"), None, None)
     run = Distillation(config, teacher, torch.device("cpu"))
-    assert run.compensation_health() == {}
+    assert run.compensation is not None
+    assert run.compensation.health() == {}
     while run.step < 4:
         run.advance()
     return run
 
 
 def test_signs_of_health_are_what_they_say_and_disturb_nothing(started: Distillation) -> None:
+    assert started.compensation is not None
     before = torch.get_rng_state()
-    found = started.compensation_health()
+    found = started.compensation.health()
     assert torch.equal(torch.get_rng_state(), before)
-    kdci, logits = started.kdci, started._compensated_logits
-    assert kdci is not None
+    kdci, logits = started.compensation.kdci, started.compensation._logits
     assert logits is not None
     assert logits.shape == (12, CLASSES)
     with torch.random.fork_rng():
@@ -806,13 +812,14 @@ def test_signs_of_health_are_what_they_say_and_disturb_nothing(started: Distilla
     assert 0 <= found["dictionary_entropy"] <= math.log(3) + 1e-6
     # The ablation without proportions holds ones, which are shares of a third each.
     kdci.proportions.fill_(1)
-    assert started.compensation_health()["dictionary_entropy"] == pytest.approx(math.log(3))
+    assert started.compensation.health()["dictionary_entropy"] == pytest.approx(math.log(3))
 
 
 def test_runs_record_health_with_kdci_alone_and_memory_always(folder: Path) -> None:
     kdci, vanilla = metrics_of(folder / "kdci"), metrics_of(folder / "vanilla")
     assert set(kdci[0]) - set(vanilla[0]) == {
-        *("dictionary_entropy", "compensation_ratio", "accuracy_compensated"),
+        *HEALTH,
+        "accuracy_compensated",
     }
     assert {name for name in kdci[0] if name in METRICS} == set(METRICS)
     for name in ("kdci", "vanilla"):

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from tiny_task import make_task, tiny_config
 
 from python_models.config import ReportConfig
-from python_models.engine import distill
+from python_models.distill import distill
 from python_models.report import report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

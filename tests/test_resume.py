@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_task import METHOD_SETTINGS, make_task, tiny_config
 
-from python_models import checkpoint, engine
+from python_models import checkpoint
+from python_models import distill as distilling
 from python_models.checkpoint import (
     StopRequest,
     load_checkpoint,
@@ -25,7 +26,8 @@ from python_models.checkpoint import (
     write_atomically,
 )
 from python_models.config import TrainTeacherConfig
-from python_models.engine import Distillation, distill
+from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import Interrupted, UserError
 from python_models.teacher import train_teacher
 
@@ -291,13 +293,13 @@ def test_checkpoints_are_made_at_the_ends_of_epochs_and_by_time(
     """
     distill(tiny_config(task, "fast", out_dir=tmp_path / "plain"))
     made = []
-    original = engine.save_checkpoint
+    original = distilling.save_checkpoint
 
     def save(path: Path, state: dict[str, Any]) -> None:
         made.append(state["run"]["step"])
         original(path, state)
 
-    monkeypatch.setattr(engine, "save_checkpoint", save)
+    monkeypatch.setattr(distilling, "save_checkpoint", save)
     out = tmp_path / "run"
     distill(tiny_config(task, "fast", out_dir=out, checkpoint_minutes=minutes))
     assert len(made) == saves

@@ -35,7 +35,7 @@ from python_models.data.decode import (
     read_image,
 )
 from python_models.data.unlabelled import ImageTree
-from python_models.engine import distill
+from python_models.distill import distill
 from python_models.errors import UserError
 
 GREY = random_images(6, 28, 28)

@@ -7,6 +7,7 @@ the same whatever is damaged.
 """
 
 import itertools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from python_models.data.formats import CorruptDataError, MissingDataError, read_
 from python_models.data.images import fit
 from python_models.data.labelled import LabelledData, find_split, load_labelled
 from python_models.distributed import World
+from python_models.errors import UserError
 
 READ_SIZE = 1024
 """Images read at a time where a caller does not say; fewer if they are large."""
@@ -277,6 +279,7 @@ def open_unlabelled(
     image_size: int,
     channels: int,
     download: bool = False,
+    imbalance: float = 1.0,
 ) -> UnlabelledImages:
     """Opens images without labels.
 
@@ -288,12 +291,16 @@ def open_unlabelled(
         image_size: height and width wanted: the largest centred square is resized.
         channels: 1 (colour becomes grey) or 3 (grey is repeated).
         download: as in `load_labelled`, for the name of a dataset.
+        imbalance: times that class 0 is to be more frequent than the last one; above 1 the source
+            must be a dataset or an .npz in memory, whose labels are then opened. See `long_tailed`.
 
     Raises:
         ValueError: for a size below 1, or channels that are neither 1 nor 3.
+        UserError: for an imbalance below 1, or one of images without labels.
         MissingDataError: if the source is not there or a folder holds no images.
         CorruptDataError: if an array file is damaged.
     """
+    has_tail = imbalance != 1
     target = Target(channels, image_size)
     root = Path(data_root).expanduser()
     if str(source) in DATASETS:
@@ -303,12 +310,54 @@ def open_unlabelled(
         else:
             data = load_labelled(spec.name, "train", root, download)
             assert isinstance(data, LabelledData)
-            return ImageArray(data.images, target)
+            kept = long_tailed(data.labels, imbalance) if has_tail else slice(None)
+            return ImageArray(data.images[kept], target)
     else:
         path = _find(source, root)
     if path.is_dir():
+        if has_tail:
+            raise UserError(
+                f"unlabelled_imbalance={imbalance:g} needs labels, but {path} is a folder of "
+                "images: give a dataset in memory or an .npz file with labels"
+            )
         return ImageTree(path, target)
-    return ImageArray(read_npz(path, with_labels=False).images, target)
+    images, labels = read_npz(path, with_labels=has_tail)
+    return ImageArray(images[long_tailed(labels, imbalance)] if has_tail else images, target)
+
+
+def long_tailed(labels: Tensor, imbalance: float) -> Tensor:
+    """Returns the positions of images that make a balanced dataset a long-tailed one.
+
+    Of class c of C it keeps the first ``n imbalance^(-c / (C - 1))`` images, rounded, at least one,
+    where n is the size of the smallest class.
+
+    Args:
+        labels: classes, int64 [n].
+        imbalance: at least 1.
+
+    Returns:
+        int64 [m], ascending.
+
+    Raises:
+        UserError: for an imbalance below 1, or fewer than two classes.
+
+    Example:
+        >>> labels = torch.arange(3).repeat(100)
+        >>> labels[long_tailed(labels, 25.0)].bincount()
+        tensor([100,  20,   4])
+    """
+    classes, counts = torch.unique(labels, return_counts=True)
+    if not 1 <= imbalance < math.inf or len(classes) < 2:
+        raise UserError(
+            f"unlabelled_imbalance={imbalance:g} must be >= 1 and finite, of at least 2 classes; "
+            f"there are {len(classes)}"
+        )
+    smallest = int(counts.min())
+    kept = []
+    for index, label in enumerate(classes):
+        wanted = smallest * imbalance ** (-index / (len(classes) - 1))
+        kept.append((labels == label).nonzero()[: max(1, round(wanted)), 0])
+    return torch.cat(kept).sort().values
 
 
 def load_unlabelled(

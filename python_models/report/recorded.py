@@ -225,10 +225,12 @@ def losses(report: Report) -> list[Markup]:
 
 
 def health(report: Report) -> list[Markup]:
-    """Return how the dictionary's entropy and the size of the compensation went."""
+    """Return how the dictionary, its attention and the size of the compensation went."""
     columns = {
         "dictionary_entropy": "entropy of the dictionary (nats)",
         "compensation_ratio": "compensation / logits",
+        "attention_prototypes": "prototypes attended to",
+        "compensation_shift": "shift of the softmax (nats)",
     }
     body = []
     runs = [run for run in report.runs if run.has_kdci]
@@ -248,14 +250,25 @@ def health(report: Report) -> list[Markup]:
                 number(values["compensation_ratio"]),
                 "mean |F| / mean |S| on the epoch's last batch",
             ],
+            [
+                "Prototypes attended to",
+                number(values["attention_prototypes"]),
+                f"at most {NOT_KNOWN if proportions is None else len(proportions)}: all alike; "
+                "at least 1: one alone",
+            ],
+            [
+                "Shift of the softmax (nats)",
+                number(values["compensation_shift"]),
+                "mean KL(softmax(S) || softmax(S + F)), likewise",
+            ],
         ]
         body += [
             heading(run.name),
             report.draw(
                 f"health-{index}",
                 figures.curves([run], columns),
-                f"Curves by epoch of the dictionary's entropy and of the compensation's size, of "
-                f"{run.name}.",
+                f"Curves by epoch of the dictionary's entropy, of the attention and of the "
+                f"compensation's size, of {run.name}.",
                 "Whether the dictionary is spread over its prototypes, and how much the "
                 "compensation moves the student's logits in training.",
             ),

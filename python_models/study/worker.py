@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from python_models.config import DistillConfig, StudyConfig, TrainTeacherConfig, override
-from python_models.engine import distill
+from python_models.distill import distill
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.processes import POLL_S
 from python_models.study.folder import Job, StudyFolder
