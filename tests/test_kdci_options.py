@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KDCI's dictionary from another model than the teacher, in runs of any method (Table 5)."""
+"""KDCI's options in runs: a dictionary from another model (Table 5), and settings of our own."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,103 @@ def test_resuming_with_another_such_network_is_refused(
     write_other(tmp_path / "other.safetensors", seed=10)
     with pytest.raises(UserError, match="kdci_dictionary_teacher's weights are not those"):
         resumed(run, start(task, "dafl"))
+
+
+def test_the_dictionary_of_several_batches_is_that_of_their_rows(tmp_path: Path) -> None:
+    """Of the last three, also where the run stopped and went on between."""
+    values = {**make_task(tmp_path), "kdci_batches": 3}
+    run = start(values, "dafl")
+    single = start({**values, "kdci_batches": 1}, "dafl")
+    features, of_one = watch_updates(run), watch_updates(single)
+    for each in (run, single):
+        while each.step < 8:
+            each.advance()
+    # The first generator phases alone are alike: dictionaries then teach other students.
+    assert torch.equal(features[0], of_one[0])
+    assert [len(rows) for rows in features] == [12, 24, 36, 36]
+    for before, after in itertools.pairwise(features):
+        kept = before[-24:]
+        assert torch.equal(after[: len(kept)], kept)
+
+    begun = start(values, "dafl")
+    while begun.step < 5:
+        begun.advance()
+    again = resumed(begun, start(values, "dafl"))
+    more = watch_updates(again)
+    while again.step < 8:
+        again.advance()
+    assert [len(rows) for rows in more] == [36]
+    assert torch.equal(more[0], features[3])
+    assert run.kdci is not None
+    assert again.kdci is not None
+    assert torch.equal(run.kdci.prototypes, again.kdci.prototypes)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_kdcis_weights_may_learn_at_a_rate_of_their_own(optimizer: str, tmp_path: Path) -> None:
+    """The student's rate is untouched, and a first step of KDCI's weights is as much larger."""
+    task = {**make_task(tmp_path), "optimizer": optimizer, "weight_decay": 0.0, "lr": 1e-3}
+    task["kdci_scale"] = 1e3  # gradients that weights in float32 do not swallow
+    steps = []
+    for factor in (1.0, 4.0):
+        run = start(task, "dafl", kdci_lr_factor=factor)
+        assert run.kdci is not None
+        before = {name: p.clone() for name, p in run.kdci.named_parameters()}
+        run.advance()
+        steps.append({name: p.detach() - before[name] for name, p in run.kdci.named_parameters()})
+        assert run.optimizer.param_groups[0]["lr"] == 1e-3
+    for name, step in steps[0].items():
+        torch.testing.assert_close(steps[1][name], 4 * step, rtol=1e-3, atol=1e-7)
+        assert float(step.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kdci_projection": True},
+        {"kdci_attention_temperature": 0.1},
+        {"kdci_init_gain": 2.0},
+        {"kdci_dictionary": "shuffled"},
+        {"kdci_dictionary": "classes"},
+        {"kdci_lr_factor": 2.0},
+        {"kdci_batches": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["dafl", "dfnd"])
+def test_own_options_are_runs_that_stop_and_go_on(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    task = {**make_task(tmp_path), **options}
+    whole = start(task, method)
+    whole.prepare()
+    while whole.step < 3:
+        whole.advance()
+    again = resumed(whole, start(task, method))
+    for run in (whole, again):
+        while run.step < 6:
+            run.advance()
+        assert run.compensation is not None
+    assert whole.compensation is not None
+    assert again.compensation is not None
+    one, other = ({**run.student.state_dict(), **run.kdci.state_dict()} for run in (whole, again))  # type: ignore[union-attr]
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    health = whole.compensation.health()
+    assert health == again.compensation.health()
+    assert 1 <= health["attention_prototypes"] <= 3 + 1e-5
+    assert health["compensation_shift"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kdci_batches", 0),
+        ("kdci_attention_temperature", 0.0),
+        ("kdci_init_gain", -1.0),
+        ("kdci_lr_factor", float("inf")),
+        ("unlabelled_imbalance", 0.5),
+    ],
+)
+def test_values_that_no_run_can_use_are_named(name: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name}={value} must be >"):
+        check(distill_config(**make_task(tmp_path), **{name: value}))

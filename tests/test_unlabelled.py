@@ -34,7 +34,7 @@ from python_models.data.decode import (
     image_files,
     read_image,
 )
-from python_models.data.unlabelled import ImageTree
+from python_models.data.unlabelled import ImageTree, long_tailed
 from python_models.distill import distill
 from python_models.errors import UserError
 
@@ -554,3 +554,39 @@ def test_a_folder_dataset_without_its_labels_is_its_train_split(tmp_path: Path) 
     assert images.shape == (3, 1, 16, 16)
     with pytest.raises(MissingDataError, match="imagenet: the train split was not found"):
         open_unlabelled("imagenet", tmp_path, 16, 1)
+
+
+def test_a_long_tailed_source_keeps_fewer_images_of_each_class_than_of_the_one_before(
+    tmp_path: Path,
+) -> None:
+    """Of class c are n r^(-c / (C - 1)) kept, the first ones, whatever order they come in."""
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 27)
+    random.shuffle(labels)
+    images = np.broadcast_to(labels[:, None, None], (108, 4, 4)).astype(np.uint8).copy()
+    images[:, 0, 0] = np.arange(108)
+    np.savez(tmp_path / "array.npz", images=images, labels=labels)
+    got = open_unlabelled("array.npz", tmp_path, 4, 1, imbalance=27.0).load()
+    classes = got[:, 0, 1, 1]
+    assert classes.bincount().tolist() == [27, 9, 3, 1]
+    positions = got[:, 0, 0, 0]
+    assert (positions.diff() > 0).all()
+    for label in range(4):
+        own = np.flatnonzero(labels == label)
+        kept = positions[classes == label].tolist()
+        assert kept == own[: len(kept)].tolist()
+    whole = open_unlabelled("array.npz", tmp_path, 4, 1, imbalance=1.0).load()
+    assert len(whole) == 108
+
+
+def test_a_long_tail_needs_labels_of_two_classes(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    save_image(tmp_path / "tree" / "a.png", GREY[0])
+    with pytest.raises(UserError, match="unlabelled_imbalance=2 needs labels, but"):
+        open_unlabelled(tmp_path / "tree", "", 4, 1, imbalance=2.0)
+    zeros = np.zeros((3, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "one.npz", images=zeros, labels=np.zeros(3, dtype=np.int64))
+    with pytest.raises(UserError, match="of at least 2 classes; there are 1"):
+        open_unlabelled("one.npz", tmp_path, 4, 1, imbalance=2.0)
+    with pytest.raises(UserError, match=r"unlabelled_imbalance=0\.5 must be >= 1"):
+        long_tailed(torch.tensor([0, 1]), 0.5)
