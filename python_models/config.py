@@ -278,6 +278,8 @@ class StudyConfig:
     """Download datasets that are not there."""
     device: str | None = None
     """Where to compute: auto, cpu, cuda, cuda:1, ...; by default as the study says."""
+    seeds: tuple[int, ...] | None = None
+    """Only these of the study's seeds; by default all."""
     jobs: int | None = None
     """Runs at a time, each in a process of its own; by default one per CPU core, and one on a
     GPU."""
@@ -581,6 +583,13 @@ def distill_config(
     """
     defaults = distill_defaults(preset, config, values.get("method"))
     return override(defaults, values, "distill_config")
+
+
+def default_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat defaults of a run's settings, of its method or of training a teacher."""
+    if "method" in settings:
+        return flatten(distill_defaults(method=settings["method"]))
+    return flatten(TrainTeacherConfig())
 
 
 def check(config: DistillConfig[Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from python_models.config import read_settings
+from python_models.config import default_settings, read_settings
 from python_models.errors import UserError
 
 MAY_CHANGE = frozenset(
@@ -61,13 +61,14 @@ def differing_settings(settings: Mapping[str, Any], saved: Path) -> list[str]:
         saved: The run's config.yaml.
 
     Returns:
-        ``name was ... and is ... now`` for each, without those that may change.
+        ``name was ... and is ... now`` for each, without those that may change. A setting that the
+        run's version did not have was what is the default now.
     """
-    before = read_settings(saved)
+    before = {**default_settings(settings), **read_settings(saved)}
     return [
-        f"{name} was {before.get(name)!r} and is {value!r} now"
+        f"{name} was {before[name]!r} and is {value!r} now"
         for name, value in settings.items()
-        if name not in MAY_CHANGE and before.get(name) != value
+        if name not in MAY_CHANGE and before[name] != value
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_task import METHOD_SETTINGS, make_task, tiny_config
 
 from python_models import checkpoint
@@ -147,6 +148,20 @@ def test_resuming_with_other_settings_is_refused(
     distill(tiny_config(task, "noise", kdci=True, out_dir=out))
     with pytest.raises(UserError, match=message):
         distill(tiny_config(task, "noise", **{"kdci": True, **changed}, out_dir=out, resume=True))
+
+
+def test_a_run_of_a_version_without_a_setting_goes_on_with_its_default(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    distill(tiny_config(task, "dafl", out_dir=out))
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    for name in ("kdci_batches", "ie"):
+        del settings[name]
+    (out / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="kdci_batches was 1 and is 2 now"):
+        distill(tiny_config(task, "dafl", kdci_batches=2, out_dir=out, resume=True))
+    distill(tiny_config(task, "dafl", out_dir=out, resume=True))
 
 
 def test_resuming_with_another_teacher_is_refused(task: dict[str, Any], tmp_path: Path) -> None:

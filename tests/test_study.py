@@ -103,13 +103,28 @@ def test_shipped_studies_are_valid(name: str) -> None:
             assert cell.config.task.teacher in study.teachers or name == "imagenet"
 
 
-def test_the_zoo_has_every_method_and_floors_for_it() -> None:
+def test_mini_has_every_method_with_floors_and_five_seeds() -> None:
     from python_models.methods import METHODS
 
-    cells = load_study("zoo").cells
+    cells = load_study("mini").cells
     assert {cell.config.method for cell in cells} == set(METHODS.names()) - {"noise"}
     assert all(cell.floor is not None and cell.floor > 50 for cell in cells)
-    assert len(load_study("mini").cells) == 8 * 2 * 5
+    assert len(cells) == 8 * 2 * 5
+
+
+def test_a_study_may_be_kept_to_some_of_its_seeds(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    whole, part = load_study(str(path)), load_study(str(path), [1])
+    assert [cell.path for cell in part.cells] == [c.path for c in whole.cells if c.seed == 1]
+    result = run_study(config_of(path, seeds=(1,)))
+    assert not result.problems
+    assert [line.planned for line in result.lines] == [1, 1]
+    for wrong in ([2], [0, 5], []):
+        with pytest.raises(UserError, match=r"must be some of those of .*tiny.yaml: 0, 1"):
+            load_study(str(path), wrong)
+    # What is done counts for the whole study.
+    assert not run_study(config_of(path)).problems
+    assert set(begun(tmp_path / "out").values()) == {1}
 
 
 def test_the_later_of_settings_task_method_and_variant_wins(tmp_path: Path) -> None:
@@ -226,7 +241,13 @@ def test_a_study_runs_every_cell_and_writes_its_results(
     seconds = (out / "timings.csv").read_text()
     assert "seconds,peak_memory_mb" in seconds
     assert (out / "table.md").read_text() == result.text
-    for name in ("differences.png", "curves.png"):
+    header, *rows = (out / "health.csv").read_text().splitlines()
+    assert header.startswith("study,entry,variant,seed,epoch,compensation_ratio,")
+    assert [row.split(",")[2:5] for row in rows] == [
+        ["kdci", seed, epoch] for seed in "01" for epoch in "12"
+    ]
+    assert all(float(value) > 0 for row in rows for value in row.split(",")[5:])
+    for name in ("differences.png", "curves.png", "prior.png", "attention.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not (out / "sizes.png").exists()  # a single size
     vanilla, kdci = result.lines

@@ -161,17 +161,18 @@ def find_study(name: str) -> Path:
     return paths[name]
 
 
-def load_study(name: str) -> Study:
+def load_study(name: str, seeds: Sequence[int] | None = None) -> Study:
     """Read and check a study.
 
     Args:
         name: As for `find_study`.
+        seeds: Only these of its seeds; by default all.
 
     Returns:
         The study; no dataset or teacher is opened.
 
     Raises:
-        UserError: Naming the file and the key that is wrong.
+        UserError: Naming the file and the key that is wrong, or a seed that is not in it.
 
     Example:
         >>> study = load_study("mini")
@@ -179,7 +180,15 @@ def load_study(name: str) -> Study:
         ('vanilla', 8, 80)
     """
     path = find_study(name)
-    return _Reader(path, read_yaml(path)).study()
+    study = _Reader(path, read_yaml(path)).study()
+    if seeds is None:
+        return study
+    known = {cell.seed for cell in study.cells}
+    if not seeds or not known.issuperset(seeds):
+        raise UserError(
+            f"seeds={list(seeds)} must be some of those of {path}: {', '.join(map(str, known))}"
+        )
+    return replace(study, cells=tuple(cell for cell in study.cells if cell.seed in seeds))
 
 
 class _Reader:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of a study: paired differences, accuracy by the dictionary's size, accuracy by epoch."""
+"""Plots of a study: paired differences, accuracy by the dictionary's size, curves over epochs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 SIZE = "kdci_prototypes"
 PALETTE = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#000000")
 """Colours of the variants but the first, of Okabe and Ito, told apart by colour-blind readers."""
+CURVES = {
+    "curves.png": ("accuracy", "accuracy (%)"),
+    "prior.png": ("compensation_ratio", "mean |F| / mean |S|"),
+    "attention.png": ("attention_prototypes", "prototypes attended to"),
+}
+"""Files of curves over epochs: the column of metrics.csv, and what it is."""
 Curves = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
-"""By entry and variant, pairs of epoch and mean accuracy."""
+"""By entry and variant, pairs of epoch and mean."""
 
 
 def write_plots(folder: StudyFolder, lines: Sequence[Line]) -> list[Path]:
@@ -40,9 +46,10 @@ def write_plots(folder: StudyFolder, lines: Sequence[Line]) -> list[Path]:
             figures["differences.png"] = differences(lines, folder.study.baseline, colors)
         if len(sizes) > 1 and any(line.accuracies and line.variant in sizes for line in lines):
             figures["sizes.png"] = by_size(lines, sizes, folder.study.baseline, colors)
-        found = mean_curves(folder)
-        if found:
-            figures["curves.png"] = accuracy_by_epoch(found, colors)
+        for name, (column, label) in CURVES.items():
+            found = mean_curves(folder, column)
+            if found:
+                figures[name] = by_epoch(found, colors, f"{label}, mean over seeds")
         pngs = {folder.path / name: to_png(figure) for name, figure in figures.items()}
     for path, png in pngs.items():
         write_atomically(path, functools.partial(Path.write_bytes, data=png))
@@ -114,13 +121,14 @@ def by_size(
     return figure
 
 
-def mean_curves(folder: StudyFolder) -> dict[tuple[str, str], list[tuple[int, float]]]:
-    """Return the mean accuracy over seeds at each epoch that all finished runs measured."""
+def mean_curves(folder: StudyFolder, column: str) -> dict[tuple[str, str], list[tuple[int, float]]]:
+    """Return a column's mean over seeds at each epoch that all finished runs measured it."""
     runs: dict[tuple[str, str], list[dict[int, float]]] = {}
     for cell, job in finished(folder).items():
         epochs = read_metrics(job.folder.metrics)
-        curve = {int(row["epoch"]): row["accuracy"] for row in epochs if "accuracy" in row}
-        runs.setdefault((cell.entry, cell.variant), []).append(curve)
+        curve = {int(row["epoch"]): row[column] for row in epochs if column in row}
+        if curve:
+            runs.setdefault((cell.entry, cell.variant), []).append(curve)
     return {
         key: [
             (epoch, statistics.fmean(curve[epoch] for curve in curves))
@@ -130,8 +138,8 @@ def mean_curves(folder: StudyFolder) -> dict[tuple[str, str], list[tuple[int, fl
     }
 
 
-def accuracy_by_epoch(curves: Curves, colors: Mapping[str, str]) -> Figure:
-    """Draw mean accuracy over epochs, a panel an entry, a line a variant."""
+def by_epoch(curves: Curves, colors: Mapping[str, str], label: str) -> Figure:
+    """Draw a column's mean over epochs, a panel an entry, a line a variant."""
     entries = list(dict.fromkeys(entry for entry, _ in curves))
     figure, panels = panels_of(len(entries))
     for axes, entry in zip(panels, entries, strict=True):
@@ -140,7 +148,7 @@ def accuracy_by_epoch(curves: Curves, colors: Mapping[str, str]) -> Figure:
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, "o-", color=colors[variant], label=variant, markersize=2)
         _finish(axes, entry)
-    panels[0].set_ylabel("accuracy (%), mean over seeds")
+    panels[0].set_ylabel(label)
     return figure
 
 

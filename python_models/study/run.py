@@ -23,7 +23,8 @@ class StudyResult:
     """What a study came to.
 
     Attributes:
-        folder: The study folder, which holds results.csv, timings.csv, table.md and the plots.
+        folder: The study folder, which holds results.csv, health.csv, timings.csv, table.md and the
+            plots.
         lines: The table.
         text: The table as Markdown.
         problems: Runs that failed, were refused or missed their floor, with the reason; empty if
@@ -53,7 +54,7 @@ def run_study(config: StudyConfig) -> StudyResult:
         >>> result = run_study(StudyConfig(study="mini", data_root=Path("data")))
         >>> result.lines[1].difference, result.problems
     """
-    study = load_study(config.study)
+    study = load_study(config.study, config.seeds)
     folder = StudyFolder(study, config)
     jobs = _jobs(folder, config)
     if folder.path.exists() and not folder.path.is_dir():

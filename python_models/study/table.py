@@ -19,10 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from python_models.checkpoint import write_atomically
+from python_models.report.collect import read_metrics
 from python_models.study.folder import Job, StudyFolder, read_json
 from python_models.study.plan import Cell
 
 CONFIDENCE = 0.95
+SIGNS = (
+    *("compensation_ratio", "compensation_shift"),
+    *("attention_prototypes", "dictionary_entropy"),
+)
+"""Columns of metrics.csv that say how large KDCI's prior was, and what it was made of."""
 Row = dict[str, Any]
 
 
@@ -159,14 +165,32 @@ def timings(folder: StudyFolder) -> list[Row]:
     return rows
 
 
+def health(folder: StudyFolder) -> list[Row]:
+    """Return the rows of health.csv: epochs of the runs with KDCI, and how large its prior was."""
+    return [
+        {
+            "study": folder.study.name,
+            "entry": cell.entry,
+            "variant": cell.variant,
+            "seed": cell.seed,
+            "epoch": int(epoch["epoch"]),
+            **{name: epoch.get(name) for name in SIGNS},
+        }
+        for cell, job in finished(folder).items()
+        if cell.config.compensation.kdci
+        for epoch in read_metrics(job.folder.metrics)
+    ]
+
+
 def write_results(folder: StudyFolder) -> None:
-    """Write results.csv and timings.csv of what is done, atomically."""
-    for name, rows in (("results.csv", results(folder)), ("timings.csv", timings(folder))):
+    """Write results.csv, health.csv and timings.csv of what is done, atomically."""
+    files = {"results": results(folder), "health": health(folder), "timings": timings(folder)}
+    for name, rows in files.items():
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["study"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(folder.path / name, buffer.getvalue())
+        write_text(folder.path / f"{name}.csv", buffer.getvalue())
 
 
 def table(folder: StudyFolder, rows: Iterable[Mapping[str, Any]]) -> list[Line]:

@@ -185,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
     values = json.loads(arguments[0])
     config = override(StudyConfig(study=values["study"]), values, "worker")
     try:
-        Worker(StudyFolder(load_study(config.study), config)).work()
+        Worker(StudyFolder(load_study(config.study, config.seeds), config)).work()
     except (Stopped, BrokenPipeError):  # the latter where who started it was killed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return STOPPED
