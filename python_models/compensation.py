@@ -55,7 +55,7 @@ class Compensation:
         device: torch.device,
         world: World,
     ) -> None:
-        settings = config.compensation
+        self.settings = settings = config.compensation
         self._temperature = config.training.temperature
         # The next step overwrites what the passes of this one return.
         self._copies_logits = config.training.cuda_graphs
@@ -82,7 +82,7 @@ class Compensation:
                 proportions=settings.kdci_proportions,
                 dictionary_dim=None if other is None else other.info.num_classes,
             ).to(device)
-        # Features of the last batches, on each process its own rows.
+        # Features of the last batches, where the dictionary is made from several.
         self._recent: deque[Tensor] = deque(maxlen=settings.kdci_batches)
         # The student's logits that were compensated last, for `health`.
         self._logits: Tensor | None = None
@@ -114,9 +114,10 @@ class Compensation:
                 f"kdci_prototypes={self.kdci.num_prototypes} must be <= the {count} images "
                 "that the dictionary is built from: lower it or raise the batch size"
             )
-        if is_part:
-            self._recent.append(features)
-            features = torch.cat(list(self._recent))
+        if is_part and self.settings.kdci_batches > 1:
+            # Of all processes, so that the rows are in the order that one process has them in.
+            self._recent.append(self._world.gather(features))
+            features, is_part = torch.cat(list(self._recent)), False
         # Of all logits, which every process has, each makes the same.
         group = self._world.group if is_part else None
         stream = self._randomness.on_cpu("dictionary")
@@ -164,9 +165,7 @@ class Compensation:
         return {
             "kdci": self.kdci.state_dict(),
             "dictionary_model": self._fingerprint,
-            "recent_features": [
-                self._world.gather(features) for features in list(self._recent)[is_full:]
-            ],
+            "recent_features": list(self._recent)[is_full:],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -182,7 +181,7 @@ class Compensation:
             )
         self.kdci.load_state_dict(state["kdci"])
         self._recent.clear()
-        self._recent.extend(self._world.share(rows) for rows in state.get("recent_features", ()))
+        self._recent.extend(state.get("recent_features", ()))
 
 
 def _load_dictionary_model(config: DistillConfig[Any], info: NetworkInfo) -> LoadedNetwork | None:

@@ -20,7 +20,6 @@ All processes hold the same networks, pools and banks, and each works on its row
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,9 +39,6 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 _REASON_SECONDS = 3.0
 """How long a process whose peer is gone waits for the reason."""
-
-_numbers = itertools.count()
-"""Of this process's runs, to tell them apart in a process group that outlives them."""
 
 
 class Part(NamedTuple):
@@ -408,7 +404,9 @@ def connect(device: str) -> Iterator[World]:
             'too: init_process_group("cpu:gloo,cuda:nccl")'
         )
     world = World(distributed.get_rank(), distributed.get_world_size())
-    run = f"kdci/{next(_numbers)}"
+    # Counted where all that compute together count alike, whatever else each did before.
+    count = distributed.distributed_c10d._get_default_store().add(f"kdci/runs of {world.rank}", 1)
+    run = f"kdci/{count}"
     try:
         yield world
         if world.size > 1:

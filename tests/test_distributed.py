@@ -92,7 +92,7 @@ def test_processes_make_the_dictionary_of_all_rows(
 
 
 @pytest.mark.parametrize("gathered", [1000, 10], ids=["gathered", "by sums"])
-@pytest.mark.parametrize("prototypes", ["kmeans", "random"])
+@pytest.mark.parametrize("prototypes", ["kmeans", "random", "shuffled", "classes"])
 def test_a_module_updated_by_a_group_holds_the_dictionary_of_all(
     prototypes: str, gathered: int, workers: team.Team
 ) -> None:
@@ -167,6 +167,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kd3 as in the code": ("kd3", {"form": "code"}),
     "cid as in the paper": ("cid", {"form": "paper"}),
     "no BatchNorm": ("dafl", {"student": "lenet5_half"}),
+    "a dictionary of several batches": ("dafl", {"kdci": True, "kdci_batches": 2}),
 }
 
 

@@ -292,7 +292,16 @@ def operators_called(work: Callable[[], Any]) -> list[str]:
 
 @pytest.mark.parametrize("options", [{}, {"weighting": "posterior"}, {"scale": 0.5}])
 @pytest.mark.parametrize(
-    "ablation", [{}, {"prototypes": "random"}, {"proportions": "none"}, {"dictionary_dim": 7}]
+    "ablation",
+    [
+        {},
+        {"prototypes": "random"},
+        {"prototypes": "shuffled"},
+        {"prototypes": "classes"},
+        {"proportions": "none"},
+        {"dictionary_dim": 7},
+        {"attention_temperature": 0.5},
+    ],
 )
 def test_options_take_the_fused_path(options, ablation):
     """Whatever the option: one operator for loss and gradients, one each way for the logits, and no
