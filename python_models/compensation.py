@@ -20,11 +20,17 @@ from python_models.data import to_float
 from python_models.distributed import World
 from python_models.errors import UserError
 from python_models.losses import kd_divergence
+from python_models.methods import METHODS
 from python_models.randomness import Randomness
 from python_models.teacher import LoadedNetwork, load_network
 
 DICTIONARY_BATCH = 1024
 """Images in one forward pass of another model than the teacher, for the dictionary."""
+
+
+def num_prototypes(config: DistillConfig[Any]) -> int:
+    """Return the size of a run's dictionary: the one it was given, or that of its method."""
+    return config.compensation.kdci_prototypes or METHODS.get(config.method).num_prototypes
 
 
 class Compensation:
@@ -33,7 +39,6 @@ class Compensation:
     Args:
         config: Of the run.
         info: The student's network.
-        num_prototypes: The method's own size of the dictionary.
         randomness: Source of random streams.
         device: Where to compute.
         world: The processes that compute together.
@@ -50,7 +55,6 @@ class Compensation:
         self,
         config: DistillConfig[Any],
         info: NetworkInfo,
-        num_prototypes: int,
         randomness: Randomness,
         device: torch.device,
         world: World,
@@ -70,7 +74,7 @@ class Compensation:
         with randomness.initialising("kdci"):
             self.kdci = kdci_ext.KDCI(
                 info.num_classes,
-                settings.kdci_prototypes or num_prototypes,
+                num_prototypes(config),
                 settings.kdci_hidden_dim,
                 weighting=settings.kdci_weighting,
                 scale=settings.kdci_scale,

@@ -252,10 +252,7 @@ class Distillation:
                 f"kdci compensates the distillation term, which {self.config.method} does not have "
                 "with kd_weight=0: give --kd-weight 1, or --no-kdci"
             )
-        return Compensation(
-            *(self.config, self.info, self.method.num_prototypes),
-            *(self.randomness, self.device, self.world),
-        )
+        return Compensation(self.config, self.info, self.randomness, self.device, self.world)
 
     @property
     def kdci(self) -> kdci_ext.KDCI | None:

@@ -242,11 +242,11 @@ def test_a_study_runs_every_cell_and_writes_its_results(
     assert "seconds,peak_memory_mb" in seconds
     assert (out / "table.md").read_text() == result.text
     header, *rows = (out / "health.csv").read_text().splitlines()
-    assert header.startswith("study,entry,variant,seed,epoch,compensation_ratio,")
-    assert [row.split(",")[2:5] for row in rows] == [
-        ["kdci", seed, epoch] for seed in "01" for epoch in "12"
+    assert header.startswith("study,entry,variant,seed,prototypes,epoch,compensation_ratio,")
+    assert [row.split(",")[2:6] for row in rows] == [
+        ["kdci", seed, "3", epoch] for seed in "01" for epoch in "12"
     ]
-    assert all(float(value) > 0 for row in rows for value in row.split(",")[5:])
+    assert all(float(value) > 0 for row in rows for value in row.split(",")[6:])
     for name in ("differences.png", "curves.png", "prior.png", "attention.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not (out / "sizes.png").exists()  # a single size

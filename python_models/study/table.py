@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from python_models.checkpoint import write_atomically
+from python_models.compensation import num_prototypes
 from python_models.report.collect import read_metrics
 from python_models.study.folder import Job, StudyFolder, read_json
 from python_models.study.plan import Cell
@@ -173,6 +174,7 @@ def health(folder: StudyFolder) -> list[Row]:
             "entry": cell.entry,
             "variant": cell.variant,
             "seed": cell.seed,
+            "prototypes": num_prototypes(cell.config),
             "epoch": int(epoch["epoch"]),
             **{name: epoch.get(name) for name in SIGNS},
         }
@@ -180,6 +182,54 @@ def health(folder: StudyFolder) -> list[Row]:
         if cell.config.compensation.kdci
         for epoch in read_metrics(job.folder.metrics)
     ]
+
+
+def prior_table(folder: StudyFolder) -> str:
+    """Return how large the prior was at the first and the last epoch as Markdown, mean over seeds.
+
+    Empty where no run with KDCI is done.
+    """
+    of_variant: dict[tuple[str, str, int], list[Row]] = {}
+    for row in health(folder):
+        of_variant.setdefault((row["entry"], row["variant"], row["prototypes"]), []).append(row)
+    body = []
+    for (entry, variant, prototypes), rows in of_variant.items():
+        ends = [[row for row in rows if row["epoch"] == end] for end in _ends(rows)]
+
+        def mean(sign: str, rows: Sequence[Row]) -> float:
+            return statistics.fmean(row[sign] for row in rows)
+
+        ratios = [f"{100 * mean('compensation_ratio', end):.3g}" for end in ends]
+        body.append(
+            (
+                *(entry, variant, str(prototypes), " to ".join(ratios)),
+                f"{mean('compensation_shift', ends[-1]):.1e}",
+                f"{mean('attention_prototypes', ends[-1]):.1f}",
+                f"{statistics.fmean(math.exp(row['dictionary_entropy']) for row in ends[-1]):.1f}",
+            )
+        )
+    if not body:
+        return ""
+    header = (
+        *("entry", "variant", "K", "prior / logits (%)", "shift (nats)"),
+        *("attended to", "in the dictionary"),
+    )
+    return "\n".join(
+        [
+            *_aligned(header, body),
+            "",
+            "How large KDCI's prior was: mean |F| by mean |S| at the end of the first and of the "
+            "last epoch, then, of the last one, the mean KL by which F changes the softmax, and "
+            "how many of the K prototypes the attention and the dictionary's proportions spread "
+            "over (exp of their entropies). Means over seeds.",
+        ]
+    )
+
+
+def _ends(rows: Sequence[Row]) -> list[int]:
+    """Return the first and the last epoch that has all signs."""
+    epochs = [row["epoch"] for row in rows if all(row[sign] is not None for sign in SIGNS)]
+    return [min(epochs), max(epochs)]
 
 
 def write_results(folder: StudyFolder) -> None:
@@ -241,15 +291,10 @@ def markdown(folder: StudyFolder, lines: Sequence[Line]) -> str:
         "floor (%)",
     )
     body = [_words(line) for line in lines]
-    widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]
-
-    def row(words: Sequence[str]) -> str:
-        return f"| {' | '.join(w.ljust(n) for w, n in zip(words, widths, strict=True))} |"
-
     parts = [f"# Study {folder.study.name}", ""]
     if folder.study.about:
         parts += [folder.study.about, ""]
-    parts += [row(header), f"|{'|'.join('-' * (n + 2) for n in widths)}|", *map(row, body), ""]
+    parts += [*_aligned(header, body), ""]
     parts.append(
         "Accuracy of the last student on the test images, without compensation, mean over seeds "
         "with its standard deviation. Differences are of pairs that share all but the variant, "
@@ -257,7 +302,20 @@ def markdown(folder: StudyFolder, lines: Sequence[Line]) -> str:
     )
     if any(line.difference is not None and line.difference.half_width is None for line in lines):
         parts.append("Where there is one pair alone, there is no interval: it takes several seeds.")
+    prior = prior_table(folder)
+    if prior:
+        parts += ["", prior]
     return "\n".join(parts) + "\n"
+
+
+def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]
+
+    def row(words: Sequence[str]) -> str:
+        return f"| {' | '.join(w.ljust(n) for w, n in zip(words, widths, strict=True))} |"
+
+    return [row(header), f"|{'|'.join('-' * (n + 2) for n in widths)}|", *map(row, body)]
 
 
 def _words(line: Line) -> tuple[str, ...]:
