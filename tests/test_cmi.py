@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -248,12 +249,20 @@ def test_the_student_is_in_eval_mode_while_images_are_made(
         ("resnet18", "batchnorm", 4800),
         ("wrn16_1", "stages", 16 + 16 + 32),
         ("lenet5_half_bn", "auto", FEATURES),
+        ("vgg11_bn", "auto", 64 + 128 + 2 * 256 + 4 * 512),
+        ("imagenet_resnet18", "auto", 64 + 64 + 128 + 256),
+        ("imagenet_resnet50", "auto", 64 + 256 + 512 + 1024),
+        ("imagenet_resnet18", "batchnorm", 4800),
     ],
 )
 def test_features_are_read_where_the_released_code_reads_them(
     name: str, hooks: Any, channels: int
 ) -> None:
-    """Every BatchNorm layer's input, but for ResNets the inputs of their four stages."""
+    """Every BatchNorm layer's input, but for ResNets the inputs of their four stages, also of those
+    that torchvision makes and a module here wraps.
+    """
+    if name.startswith("imagenet"):
+        pytest.importorskip("torchvision")
     network = build_network(name, CLASSES, 3).eval()
     with torch.no_grad(), InputMeans(hooked_modules(network, hooks)) as features:
         network(torch.rand(2, 3, 32, 32))
@@ -264,6 +273,22 @@ def test_features_are_read_where_the_released_code_reads_them(
 def test_stages_are_refused_where_there_are_none(task: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"stages named layer1, layer2, ..., and LeNet has none"):
         start(task, "cmi", feature_hooks="stages")
+
+
+def test_layers_of_blocks_are_no_stages_of_the_network() -> None:
+    """Of two modules alike with layer1 to layer4, neither holds the network's stages."""
+
+    def block() -> nn.Module:
+        layers = {f"layer{i}": nn.Conv2d(3, 3, 1) for i in range(1, 5)}
+        return nn.Sequential(OrderedDict(layers))
+
+    network = nn.Sequential(block(), nn.BatchNorm2d(3), block())
+    assert hooked_modules(network, "auto") == [network[1]]
+    with pytest.raises(UserError, match="Sequential has none"):
+        hooked_modules(network, "stages")
+    wrapped = block()
+    network = nn.Sequential(nn.Sequential(wrapped), nn.BatchNorm2d(3))
+    assert hooked_modules(network, "auto") == list(wrapped.children())
 
 
 def test_inputs_without_space_are_features_themselves() -> None:

@@ -147,7 +147,7 @@ def hooked_modules(network: nn.Module, hooks: FeatureHooks) -> list[nn.Module]:
     Raises:
         UserError: If there are none.
     """
-    stages = [child for name, child in network.named_children() if re.fullmatch(r"layer\d+", name)]
+    stages = _stages(network)
     if hooks == "stages" or (hooks == "auto" and len(stages) == 4):
         if not stages:
             raise UserError(
@@ -156,6 +156,22 @@ def hooked_modules(network: nn.Module, hooks: FeatureHooks) -> list[nn.Module]:
             )
         return stages
     return [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _stages(network: nn.Module) -> list[nn.Module]:
+    """Return the modules named layer1, layer2, ... of the network, or of the one that it wraps.
+
+    They are children of the shallowest module that has any; where several have, as blocks with
+    layers do, they are not the network's stages.
+    """
+    found: dict[int, list[list[nn.Module]]] = {}
+    for path, module in network.named_modules():
+        children = [m for name, m in module.named_children() if re.fullmatch(r"layer\d+", name)]
+        if children:
+            depth = len(path.split(".")) if path else 0
+            found.setdefault(depth, []).append(children)
+    shallowest = found[min(found)] if found else []
+    return shallowest[0] if len(shallowest) == 1 else []
 
 
 class ProjectionHead(nn.Module):
