@@ -17,6 +17,7 @@ from torch import Tensor
 
 import python_models.data.labelled
 from python_models import losses
+from python_models.checkpoint import read_info
 from python_models.data import to_float
 from python_models.distill import distill
 from python_models.errors import DivergenceError, UserError
@@ -101,6 +102,20 @@ def test_the_training_data_of_a_generator_method_is_never_opened(
     monkeypatch.setattr(python_models.data.labelled, "read_split", read_split)
     distill(tiny_config(task, method, out_dir=tmp_path / "run"))
     assert not [name for name in opened if "train" in Path(name).name]
+
+
+@pytest.mark.parametrize("size", [30, 50])
+@pytest.mark.parametrize("method", [*GENERATING, "mosaickd"])
+def test_images_may_have_any_size(method: str, size: int, tmp_path: Path) -> None:
+    """Also one that no number of upsamplings makes, as 30 and 50, and of which the half is odd."""
+    task = make_task(tmp_path, "resnet8", size) | {"student": "resnet8", "epochs": 1}
+    extra = {"g_steps_half": 1} if method == "deepinversion" else {}
+    config = tiny_config(task, method, **extra, ep_steps=2, kd_steps=1, out_dir=tmp_path / "run")
+    result = distill(config)
+    info = read_info(Path(result.student))
+    assert info is not None
+    assert info.image_shape == (1, size, size)
+    assert result.accuracy is not None
 
 
 def test_without_evaluation_no_original_data_is_needed_at_all(

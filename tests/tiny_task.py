@@ -21,8 +21,10 @@ from python_models.teacher import load_network
 CLASSES = 4
 
 
-def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
+def make_task(folder: Path, network: str = "lenet5_half_bn", size: int = 32) -> dict[str, Any]:
     """Write a teacher, test images and unlabelled images, but no training data of its own.
+
+    Images are of this size; only 32 suits the student, a LeNet.
 
     Methods that need labels find both splits as the dataset ``labelled.npz``.
 
@@ -34,7 +36,7 @@ def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
     data.mkdir(parents=True, exist_ok=True)
     np.savez(
         data / "tiny_test.npz",
-        images=random.integers(0, 256, (40, 32, 32), dtype=np.uint8),
+        images=random.integers(0, 256, (40, size, size), dtype=np.uint8),
         labels=np.arange(40) % CLASSES,
     )
     np.savez(
@@ -45,11 +47,11 @@ def make_task(folder: Path, network: str = "lenet5_half_bn") -> dict[str, Any]:
     for split in ("train", "test"):
         np.savez(
             data / f"labelled_{split}.npz",
-            images=random.integers(0, 256, (40, 32, 32), dtype=np.uint8),
+            images=random.integers(0, 256, (40, size, size), dtype=np.uint8),
             labels=np.arange(40) % CLASSES,
         )
     torch.manual_seed(1)
-    info = NetworkInfo(network, CLASSES, (1, 32, 32), (0.5,), (0.5,), "tiny.npz")
+    info = NetworkInfo(network, CLASSES, (1, size, size), (0.5,), (0.5,), "tiny.npz")
     export_network(folder / "teacher.safetensors", build_network(network, CLASSES, 1), info)
     return {
         "teacher": str(folder / "teacher.safetensors"),

@@ -12,16 +12,19 @@ from python_models.registry import Registry
 class Generator(nn.Module):
     """What all generators share: subclasses put their layers into `stem` and `blocks`.
 
+    The layers make images of `made_size`, the least multiple of `multiple` that is large enough;
+    the centre of them is what is wanted.
+
     Attributes:
         latent_dim: length of the latent vectors, or channels of latents that are maps.
         latent_shape: shape of one latent, `(latent_dim,)` or `(latent_dim, h, w)`.
         image_shape: `(channels, height, width)` of the images.
+        made_size: height and width before the cut.
         output_is_normalised: the images are to be taken as normalised ones, not as ones in [0, 1]:
             `Classifier.denormalise` makes those of them.
 
     Raises:
-        ValueError: for an image size that is not a positive multiple of `multiple`, or a count
-            below 1.
+        ValueError: for a size or count below 1.
     """
 
     output_is_normalised = False
@@ -30,10 +33,9 @@ class Generator(nn.Module):
         self, latent_dim: int, image_size: int, channels: int, *, width: int, multiple: int
     ) -> None:
         super().__init__()
-        if image_size < multiple or image_size % multiple:
-            raise ValueError(f"image_size={image_size} must be a positive multiple of {multiple}")
         for argument, value in (
             ("latent_dim", latent_dim),
+            ("image_size", image_size),
             ("channels", channels),
             ("width", width),
         ):
@@ -42,13 +44,18 @@ class Generator(nn.Module):
         self.latent_dim = latent_dim
         self.latent_shape: tuple[int, ...] = (latent_dim,)
         self.image_shape = (channels, image_size, image_size)
+        self.made_size = -(-image_size // multiple) * multiple
         self.stem: nn.Module
         self.blocks: nn.Module
 
     def forward(self, latents: Tensor) -> Tensor:
         """Returns images [b, channels, size, size] of latents `[b, *latent_shape]`."""
         images: Tensor = self.blocks(self.stem(latents))
-        return images
+        size = self.image_shape[1]
+        if size == self.made_size:
+            return images
+        start = (self.made_size - size) // 2
+        return images[..., start : start + size, start : start + size]
 
     def sample_latents(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws latents `[count, *latent_shape]` from N(0, 1), on the device of the parameters."""
@@ -61,14 +68,14 @@ class Generator(nn.Module):
 
 
 class VectorGenerator(Generator):
-    """Linear stem to a quarter of the image's size, then two nearest-neighbour upsamplings.
+    """Linear stem to a quarter of the image's size (rounded up), two nearest-neighbour upsamplings.
 
     A 3x3 convolution, BatchNorm and LeakyReLU(0.2) follow each upsampling; a last 3x3 convolution
     and a sigmoid make the image.
 
     Args:
         latent_dim: length of the latent vectors.
-        image_size: height and width of the images, a multiple of 4.
+        image_size: height and width of the images; made as the next multiple of 4, and cut.
         channels: channels of the images.
         width: channels before the last convolution; twice as many after the first upsampling.
         stem_width: channels of the stem, `2 * width` if not given.
@@ -90,7 +97,7 @@ class VectorGenerator(Generator):
     ) -> None:
         super().__init__(latent_dim, image_size, channels, width=width, multiple=4)
         stem_width = 2 * width if stem_width is None else stem_width
-        size = image_size // 4
+        size = self.made_size // 4
         self.stem = nn.Linear(latent_dim, stem_width * size * size)
         self.blocks = nn.Sequential(
             nn.Unflatten(1, (stem_width, size, size)),
@@ -107,11 +114,11 @@ class DAFLGenerator(Generator):
 
     As `VectorGenerator`, but its convolutions have biases, the BatchNorm layers after them
     epsilon 0.8, and tanh and a BatchNorm without weights make the image: of mean 0 and variance 1
-    in each channel, as normalised images are.
+    in each channel, as normalised images are (before the cut, where there is one).
 
     Args:
         latent_dim: length of the latent vectors.
-        image_size: height and width of the images, a multiple of 4.
+        image_size: height and width of the images; made as the next multiple of 4, and cut.
         channels: channels of the images.
     """
 
@@ -120,7 +127,7 @@ class DAFLGenerator(Generator):
     def __init__(self, latent_dim: int, image_size: int = 32, channels: int = 3) -> None:
         width = 64
         super().__init__(latent_dim, image_size, channels, width=width, multiple=4)
-        size = image_size // 4
+        size = self.made_size // 4
         self.stem = nn.Linear(latent_dim, 2 * width * size * size)
         self.blocks = nn.Sequential(
             nn.Unflatten(1, (2 * width, size, size)),
@@ -134,14 +141,14 @@ class DAFLGenerator(Generator):
 
 
 class MapGenerator(Generator):
-    """Latents that are maps of a sixteenth of the image's size, and four upsamplings.
+    """Latents that are maps of a sixteenth of the image's size (rounded up), four upsamplings.
 
     Convolution, BatchNorm and LeakyReLU(0.2) to `2 * width` channels; then four times as in
     `VectorGenerator`, to `2 * width`, `width`, `width` and `width` channels.
 
     Args:
         latent_dim: channels of the latents.
-        image_size: height and width of the images, a multiple of 16.
+        image_size: height and width of the images; made as the next multiple of 16, and cut.
         channels: channels of the images.
         width: channels before the last convolution.
     """
@@ -150,7 +157,7 @@ class MapGenerator(Generator):
         self, latent_dim: int, image_size: int = 224, channels: int = 3, *, width: int = 64
     ) -> None:
         super().__init__(latent_dim, image_size, channels, width=width, multiple=16)
-        self.latent_shape = (latent_dim, image_size // 16, image_size // 16)
+        self.latent_shape = (latent_dim, self.made_size // 16, self.made_size // 16)
         self.stem = nn.Sequential(*_convolution(latent_dim, 2 * width))
         self.blocks = nn.Sequential(
             *_upsampling(2 * width, 2 * width),
@@ -191,11 +198,12 @@ def build_generator(
     Args:
         name: a name in `GENERATORS`.
         latent_dim: length of the latent vectors.
-        image_size: height and width of the images, a multiple of 4 (generator_imagenet: of 16).
+        image_size: height and width of the images. They are made as the next multiple of 4
+            (generator_imagenet: of 16), of which the centre is cut.
         channels: channels of the images.
 
     Raises:
-        ValueError: for an unknown name (the message gives the nearest ones) or an impossible size.
+        ValueError: for an unknown name (the message gives the nearest ones) or a count below 1.
     """
     return GENERATORS.get(name)(latent_dim, image_size, channels)
 
