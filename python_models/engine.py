@@ -140,7 +140,6 @@ class Distillation:
                 device=device,
                 randomness=self.randomness,
                 open_unlabelled=self._open_unlabelled,
-                load_unlabelled=self._load_unlabelled,
                 load_labelled=self._load_labelled,
                 precision=self.precision,
                 watch=self._watch,
@@ -227,9 +226,6 @@ class Distillation:
             imbalance=task.unlabelled_imbalance,
         )
         return self.unlabelled
-
-    def _load_unlabelled(self) -> Tensor:
-        return self._open_unlabelled().load()
 
     def _load_labelled(self) -> LabelledData:
         assert self.dataset is not None

@@ -319,7 +319,7 @@ def test_images_that_no_memory_holds_are_refused_before_the_selection(
 
 def test_dfnd_estimates_its_diagonal_from_all_unlabelled_images(task: dict[str, Any]) -> None:
     run = start(task)
-    candidates = run._load_unlabelled()
+    candidates = run._open_unlabelled().load()
     run.prepare()
     method: Any = run.method
     assert len(method.images) < len(candidates)

@@ -13,11 +13,13 @@ from tiny_task import start as start_run
 from torch import Tensor, nn
 
 from python_models.data import load_labelled, to_float
+from python_models.data.unlabelled import ImageArray
 from python_models.distill import distill
 from python_models.engine import Distillation
 from python_models.errors import UserError
 from python_models.evaluate import accuracy
 from python_models.losses import alignment_weights, kd_divergence
+from python_models.methods import sampling
 from python_models.methods.kd3 import KD3, Form, Views, combine, mix_distribution, select
 from python_models.methods.kd3 import student_share as share_of
 from python_models.networks import build_network, count_parameters
@@ -146,6 +148,24 @@ def test_without_a_weight_there_is_no_divergence_to_compensate(task: dict[str, A
     assert set(terms) == {"align", "mix"}
     with pytest.raises(UserError, match="give --kd-weight 1, or --no-kdci"):
         start(task, kd_weight=0.0, kdci=True)
+
+
+def test_images_that_no_memory_holds_are_refused_before_they_are_read(
+    task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50 images of 1,024 bytes: 50 pages of 1,000 are too few, 52 of them enough."""
+    read: list[int] = []
+    load = ImageArray.load
+    monkeypatch.setattr(ImageArray, "load", lambda self: (read.append(len(self)), load(self))[1])
+    pages = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 50}
+    monkeypatch.setattr(sampling.os, "sysconf", pages.get)
+    message = r"unlabelled: 50 images of \[1, 32, 32\] take .* GiB, .*: KD3 holds them all; give"
+    with pytest.raises(UserError, match=message):
+        start(task)
+    assert not read
+    pages["SC_PHYS_PAGES"] = 52
+    start(task)
+    assert read == [50]
 
 
 # --- the selection --------------------------------------------------------------------------------

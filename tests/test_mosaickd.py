@@ -200,7 +200,7 @@ def test_the_images_the_teacher_is_least_certain_of_are_kept(by: Any, task: dict
     run = start(task, "mosaickd", select_by=by)
     with torch.no_grad():
         run.teacher.network.fc.weight.mul_(40)
-    candidates = to_float(run._load_unlabelled())
+    candidates = to_float(run._open_unlabelled().load())
     p = run.teacher(candidates).softmax(1)
     doubt = {"entropy": -(p * p.log()).sum(1), "confidence": -p.amax(1)}
     assert doubt["entropy"].argsort().tolist() != doubt["confidence"].argsort().tolist()

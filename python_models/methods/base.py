@@ -69,8 +69,7 @@ class Context:
             by rounds takes.
         device: Where all tensors live.
         randomness: Source of random streams.
-        open_unlabelled: Opens the images of a sampling method, to read them in one pass.
-        load_unlabelled: Reads them all, uint8 ``[n, c, h, w]`` on the CPU.
+        open_unlabelled: Opens the images of a sampling method, which are not read yet.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
         precision: How networks compute; teacher, student and `generate` see to it themselves.
         watch: Is shown the terms of each step of a generator phase, to stop the run where one is
@@ -89,7 +88,6 @@ class Context:
     device: torch.device
     randomness: Randomness
     open_unlabelled: Callable[[], UnlabelledImages]
-    load_unlabelled: Callable[[], Tensor]
     load_labelled: Callable[[], LabelledData]
     precision: Precision = field(default_factory=Precision)
     watch: Callable[[Mapping[str, Tensor]], None] = lambda terms: None

@@ -70,7 +70,7 @@ from python_models.methods.base import (
     Method,
     logits_of,
 )
-from python_models.methods.sampling import RandomOrder, SameData
+from python_models.methods.sampling import RandomOrder, SameData, require_memory
 from python_models.networks.base import with_features
 from python_models.networks.shared_classifier import SharedClassifier, classifier_of, pool_to
 
@@ -144,7 +144,12 @@ class KD3(Method[KD3Settings]):
         _check(settings, context)
         student = with_features(context.student.network)
         self._teacher_network = with_features(context.teacher.network)
-        self.images = context.load_unlabelled()
+        source = context.open_unlabelled()
+        require_memory(
+            *("unlabelled", len(source), context.image_shape, torch.device("cpu")),
+            remedy="KD3 holds them all; give it fewer, or use dfnd or mosaickd with --select",
+        )
+        self.images = source.load()
         self.augment = RandomResizedCropFlip((settings.crop_scale, 1.0), flip=settings.flip)
         randomness, device = context.randomness, context.device
         with randomness.initialising("kd3"), torch.no_grad():

@@ -112,6 +112,38 @@ class SameData:
             )
 
 
+def require_memory(
+    source: str,
+    count: int,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    remedy: str,
+) -> None:
+    """Check that images fit in a device's memory, before they are read.
+
+    Args:
+        source: What asks for them, for the error.
+        count: Number of images, a byte for each value.
+        image_shape: Theirs.
+        device: Where they shall be.
+        remedy: What to do about it, for the error.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = count * math.prod(image_shape)
+    if needed > memory:
+        raise UserError(
+            f"{source}: {count} images of {list(image_shape)} take {needed / 2**30:.0f} GiB, but "
+            f"{device} has {memory / 2**30:.0f} GiB: {remedy}"
+        )
+
+
 class SelectingMethod(Method[SettingsT]):
     """Base class of methods that select some of the unlabelled images once, before training.
 
@@ -140,7 +172,10 @@ class SelectingMethod(Method[SettingsT]):
         self._source: UnlabelledImages | None = source
         self._num_candidates = len(source)
         self._wanted = select
-        self._require_memory()
+        require_memory(
+            *(f"select={select}", self.num_wanted, context.image_shape, context.device),
+            remedy="select fewer",
+        )
         self.images = torch.empty(0)
         self.indices = torch.empty(0, dtype=torch.int64)
         self._data: SameData | None = None
@@ -149,20 +184,6 @@ class SelectingMethod(Method[SettingsT]):
     def num_wanted(self) -> int:
         """Number of images to keep, if all of them can be read."""
         return min(self._wanted or self._num_candidates, self._num_candidates)
-
-    def _require_memory(self) -> None:
-        device = self.context.device
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-        else:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        needed = self.num_wanted * math.prod(self.context.image_shape)
-        if needed > memory:
-            raise UserError(
-                f"select={self._wanted}: {self.num_wanted} images of "
-                f"{list(self.context.image_shape)} take {needed / 2**30:.0f} GiB, but {device} has "
-                f"{memory / 2**30:.0f} GiB: select fewer"
-            )
 
     def select(self, by: Ranking) -> Selection:
         """Select and keep the best images, in one pass over all.
