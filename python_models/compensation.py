@@ -201,6 +201,7 @@ def _load_dictionary_model(config: DistillConfig[Any], info: NetworkInfo) -> Loa
         *(c.kdci_dictionary_teacher, c.kdci_dictionary_weights, c.kdci_dictionary_dataset),
         *("kdci-dictionary-teacher", "kdci_dictionary_weights"),
         data_root=config.task.data_root,
+        may_open_train=METHODS.get(config.method).needs_labels,
     )
     if other.info.image_shape != info.image_shape:
         raise UserError(

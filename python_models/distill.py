@@ -29,6 +29,7 @@ from python_models.engine import Distillation
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.interruption import RoundAbandoned, RoundStart
+from python_models.methods import METHODS
 from python_models.networks import short_name
 from python_models.reporting import (
     Progress,
@@ -111,6 +112,7 @@ def _distill(config: DistillConfig[Any], world: World) -> RunResult | None:
         data_root=task.data_root,
         network_args=task.teacher_args,
         given=config.input,
+        may_open_train=METHODS.get(config.method).needs_labels,
     )
     run = Distillation(config, teacher, device, world)
     if not world.is_first:

@@ -81,6 +81,7 @@ def evaluate(config: EvaluateConfig) -> float:
         config.data_root,
         network_args=config.network_args,
         given=config.input,
+        may_open_train=config.split == "train",
     )
     dataset = config.dataset or loaded.info.dataset
     if dataset is None:

@@ -29,6 +29,7 @@ from python_models.config import InputConfig, TrainTeacherConfig, flatten, write
 from python_models.data import (
     NORMALISATION,
     LabelledImages,
+    MissingDataError,
     RandomCropFlip,
     dataset_spec,
     load_labelled,
@@ -93,6 +94,7 @@ def load_network(
     *,
     network_args: Mapping[str, Any] | None = None,
     given: InputConfig | None = None,
+    may_open_train: bool = False,
 ) -> LoadedNetwork:
     """Load a trained network, frozen and in eval mode.
 
@@ -107,6 +109,8 @@ def load_network(
         data_root: Where a dataset's .npz file may be.
         network_args: Arguments of ``package.module:callable``.
         given: Classes, image shape and normalisation that win over those of file and dataset.
+        may_open_train: Whether the dataset may be described by its train split, where that is an
+            .npz or a folder and has no test split.
 
     Raises:
         UserError: If it cannot be found or does not fit.
@@ -144,7 +148,9 @@ def load_network(
                 f"folder as --{argument}"
             )
         known = read_info(weights) if weights.suffix == ".safetensors" else None
-        info = _described(known or _task(dataset, data_root, argument, given), given)
+        info = _described(
+            known or _task(dataset, data_root, argument, given, may_open_train), given
+        )
         if network_args or info.network != source:
             info = replace(info, network=source, arguments=dict(network_args or {}))
         path = weights
@@ -168,21 +174,37 @@ def _weights_in(path: Path, argument: str) -> Path:
     return files[0]
 
 
-def _task(dataset: str | None, data_root: Path, argument: str, given: InputConfig) -> NetworkInfo:
+def _task(
+    dataset: str | None,
+    data_root: Path,
+    argument: str,
+    given: InputConfig,
+    may_open_train: bool,
+) -> NetworkInfo:
     """Describe what a dataset's networks are made for, or else what is given."""
+    missing: MissingDataError | None = None
     if dataset is not None:
-        spec = dataset_spec(dataset, data_root)
-        shape = (spec.channels, spec.image_size, spec.image_size)
-        mean, std = spec.normalisation
-        return NetworkInfo("", spec.num_classes, shape, tuple(mean), tuple(std), dataset)
+        try:
+            spec = dataset_spec(dataset, data_root, may_open_train=may_open_train)
+        except MissingDataError as error:
+            missing = error
+        else:
+            shape = (spec.channels, spec.image_size, spec.image_size)
+            mean, std = spec.normalisation
+            return NetworkInfo("", spec.num_classes, shape, tuple(mean), tuple(std), dataset)
     classes, channels, size = given.num_classes, given.channels, given.image_size
     has_normalisation = given.normalisation or given.mean or given.std
     if classes is None or channels is None or size is None or not has_normalisation:
+        flags = "--num-classes, --channels, --image-size, and --normalisation or --mean and --std"
+        if missing is not None:
+            raise UserError(
+                f"{missing}: give a --{argument} that says what it was made for (a run folder or "
+                f"its .safetensors file), or {flags}"
+            ) from missing
         raise UserError(
-            f"dataset is required where --{argument} is a network's name; or else --num-classes, "
-            "--channels, --image-size, and --normalisation or --mean and --std"
+            f"dataset is required where --{argument} is a network's name; or else {flags}"
         )
-    return NetworkInfo("", classes, (channels, size, size), (0.0,), (1.0,))
+    return NetworkInfo("", classes, (channels, size, size), (0.0,), (1.0,), dataset)
 
 
 def _described(info: NetworkInfo, given: InputConfig) -> NetworkInfo:

@@ -178,6 +178,26 @@ def test_a_teacher_of_ones_own_is_trained_too(
     assert main(["evaluate", "--network", "runs/teacher-Net-tiny-seed0", *words[:4]]) == 0
 
 
+def test_a_train_split_alone_is_enough_to_be_evaluated_on(
+    task: dict[str, Any], own: Any, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_teacher(task, own.Net())
+    (task["data_root"] / "labelled_test.npz").unlink()
+    words = [
+        "evaluate",
+        "--network",
+        "own_nets:make",
+        "--weights",
+        "weights.pth",
+        "--device",
+        "cpu",
+    ]
+    words += ["--dataset", "labelled.npz", "--data-root", str(task["data_root"])]
+    assert main([*words, "--split", "train"]) == 0
+    capsys.readouterr()
+    assert "labelled_test.npz, is not there, and its train split, " in error_of(words, capsys)
+
+
 def test_other_images_without_any_dataset(task: dict[str, Any], own: Any, here: Path) -> None:
     """Two channels, 24 pixels, three classes: nothing is tied to the images of a known dataset."""
     save_teacher(task, own.Net(3, 2, width=5))

@@ -182,6 +182,23 @@ def test_npz_says_what_it_is_without_its_images_or_its_train_split(tmp_path: Pat
         load_labelled("toy", "test", tmp_path)
 
 
+def test_a_train_split_may_stand_in_for_a_test_split_only_where_it_is_told_to(
+    tmp_path: Path,
+) -> None:
+    """Reading the test split never opens the train split, which may even be damaged."""
+    path = tmp_path / "toy_train.npz"
+    write_npz(path, GREY, GREY_LABELS)
+    assert dataset_spec("toy", tmp_path).image_size == 32
+    path.write_bytes(b"never to be opened")
+    message = r"'toy': its test split, .*toy_test\.npz, is not there, and its train split, .*toy_tr"
+    with pytest.raises(MissingDataError, match=message):
+        dataset_spec("toy", tmp_path, may_open_train=False)
+    with pytest.raises(MissingDataError, match=message):
+        load_labelled("toy", "test", tmp_path)
+    with pytest.raises(CorruptDataError, match=r"toy_train\.npz: not a readable \.npz"):
+        dataset_spec("toy", tmp_path)
+
+
 def test_npz_of_28x28_grey_images_is_padded(tmp_path: Path) -> None:
     write_npz(tmp_path / "toy_test.npz", GREY, GREY_LABELS)
     data = load_labelled("toy", "test", tmp_path)

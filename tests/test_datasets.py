@@ -251,6 +251,19 @@ def test_the_size_of_a_folder_s_images_is_read_from_a_few_of_them(tmp_path: Path
     assert dataset_spec("a", tmp_path).channels == 3
 
 
+def test_images_of_the_train_split_do_not_tell_the_size_of_others(tmp_path: Path) -> None:
+    make_tree(tmp_path / "a", "train", {"x": [1], "y": [2]}, 28)
+    assert dataset_spec("a", tmp_path).image_size == 28
+    message = "'a': its test split, .*/a/test, is not there, and its train split, .*/a/train, is"
+    with pytest.raises(MissingDataError, match=message):
+        dataset_spec("a", tmp_path, may_open_train=False)
+    with pytest.raises(MissingDataError, match=message):
+        load_labelled("a", "test", tmp_path)
+    make_tree(tmp_path / "a", "val", {"x": [1]}, 24)
+    spec = dataset_spec("a", tmp_path, may_open_train=False)
+    assert (spec.image_size, spec.class_names) == (24, ("x", "y"))
+
+
 def test_an_npz_of_the_name_goes_before_a_folder(tmp_path: Path) -> None:
     make_tree(tmp_path / "toy", "test", {"x": [1]})
     write_npz(tmp_path / "toy_test.npz", random_images(2, 16, 16), [0, 1])

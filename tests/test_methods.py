@@ -18,6 +18,7 @@ from torch import Tensor
 import python_models.data.labelled
 from python_models import losses
 from python_models.checkpoint import read_info
+from python_models.config import distill_config
 from python_models.data import to_float
 from python_models.distill import distill
 from python_models.errors import DivergenceError, UserError
@@ -102,6 +103,44 @@ def test_the_training_data_of_a_generator_method_is_never_opened(
     monkeypatch.setattr(python_models.data.labelled, "read_split", read_split)
     distill(tiny_config(task, method, out_dir=tmp_path / "run"))
     assert not [name for name in opened if "train" in Path(name).name]
+
+
+DESCRIBED = {"num_classes": CLASSES, "channels": 1, "image_size": 32, "normalisation": "none"}
+"""What the dataset of the tiny task would say of it."""
+
+
+@pytest.fixture
+def named(task: dict[str, Any]) -> dict[str, Any]:
+    """The task with a teacher that no file describes, so that the dataset must, or the user."""
+    weights = task["data_root"] / "teacher.pt"
+    torch.save(load_file(task["teacher"]), weights)
+    return task | {"teacher": "lenet5_half_bn", "teacher_weights": weights, "evaluate": False}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS.get(name).needs_labels])
+def test_the_train_split_does_not_describe_the_task_of_a_data_free_method(
+    method: str, named: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where there is no test split, a readable train split beside it is no help; flags are."""
+    (named["data_root"] / "labelled_test.npz").unlink()
+    train = named["data_root"] / "labelled_train.npz"
+    config = tiny_config(named | {"dataset": "labelled.npz"}, method, out_dir=tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        distill(config)
+    message = str(caught.value)
+    assert f"labelled_test.npz, is not there, and its train split, {train}, is not" in message
+    assert "--num-classes, --channels, --image-size, and --normalisation" in message
+    train.write_bytes(b"not to be opened")
+    settings = {**named, **METHOD_SETTINGS[method], **DESCRIBED, "dataset": "labelled.npz"}
+    distill(distill_config(method=method, **settings, out_dir=tmp_path / "run"))
+
+
+def test_the_train_split_describes_the_task_of_a_method_that_trains_on_it(
+    named: dict[str, Any], tmp_path: Path
+) -> None:
+    (named["data_root"] / "labelled_test.npz").unlink()
+    result = distill(tiny_config(named, "cid", out_dir=tmp_path / "run"))
+    assert Path(result.student).is_file()
 
 
 @pytest.mark.parametrize("size", [30, 50])

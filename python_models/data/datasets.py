@@ -101,19 +101,22 @@ DATASETS: Registry[DatasetSpec] = Registry("dataset")
 """Datasets by name."""
 
 
-def dataset_spec(dataset: str, data_root: str | Path = ".") -> DatasetSpec:
+def dataset_spec(
+    dataset: str, data_root: str | Path = ".", *, may_open_train: bool = True
+) -> DatasetSpec:
     """Describes a dataset without opening its images.
 
     Args:
         dataset: a name in `DATASETS` (no file is opened), an .npz as in `load_labelled` (the
             labels and the images' header of its test split are read, of its train split if there
-            is no test split), or a folder as in `load_labelled` (folders are listed, and the
-            headers of a few of these images read).
+            is no test split), or a folder as in `load_labelled` (the names of its classes are
+            listed, and the headers of a few images read, of the same split).
         data_root: a relative path is looked for here if it is not in the working directory.
+        may_open_train: whether a train split may stand in for a test split that is not there.
 
     Raises:
         ValueError: for an unknown name; the message gives the nearest ones.
-        MissingDataError: for an .npz or a folder that is not there.
+        MissingDataError: for an .npz or a folder that is not there, or has no split to open.
         CorruptDataError: for an .npz that is damaged or has images that are not square.
 
     Example:
@@ -124,11 +127,13 @@ def dataset_spec(dataset: str, data_root: str | Path = ".") -> DatasetSpec:
         return DATASETS.get(dataset)
     files = {split: npz_path(dataset, split, data_root) for split in ("test", "train")}
     path = next((path for path in files.values() if path.is_file()), None)
+    if path == files["train"] and not may_open_train:
+        raise _only_train(dataset, files["test"], path)
     if path is None:
         places = (Path(dataset).expanduser(), Path(data_root).expanduser() / dataset)
         folder = next((place for place in places if place.is_dir()), None)
         if folder is not None:
-            return _folder_spec(dataset, folder)
+            return _folder_spec(dataset, folder, may_open_train)
         if dataset.endswith(".npz") or "/" in dataset:
             alone = files["test"].with_name(Path(dataset).name)
             rename = f" ({alone} has no split: rename it to one of these)" * alone.is_file()
@@ -173,10 +178,19 @@ def npz_path(dataset: str, split: str, data_root: str | Path = ".") -> Path:
     return Path(f"{here if is_here else there}_{split}.npz")
 
 
-def _folder_spec(dataset: str, folder: Path) -> DatasetSpec:
+def _only_train(dataset: str, test: Path, train: Path) -> MissingDataError:
+    return MissingDataError(
+        f"dataset {dataset!r}: its test split, {test}, is not there, and its train split, {train}, "
+        "is not opened for this"
+    )
+
+
+def _folder_spec(dataset: str, folder: Path, may_open_train: bool) -> DatasetSpec:
     """Describes images in folders by class, in folders by split."""
     class_names = class_names_of(folder)
     splits = splits_of(folder)
+    if "test" not in splits and not may_open_train:
+        raise _only_train(dataset, folder / "test", splits["train"])
     channels, image_size = guess_image_shape(splits.get("test", folder / "train"))
 
     def parse(files: Sequence[Path], split: str) -> ImageFiles:

@@ -238,7 +238,10 @@ def load_labelled(
     download: bool = False,
     image_shape: tuple[int, int, int] | None = None,
 ) -> LabelledImages:
-    """Loads one split of a labelled dataset; no file of the other split is opened.
+    """Loads one split of a labelled dataset.
+
+    No file of the train split is opened for another one. Of an .npz or a folder, what the test
+    split says of the task holds for the train split as well.
 
     Args:
         dataset: a name in `DATASETS`, or NAME.npz for the files NAME_train.npz and NAME_test.npz
@@ -269,7 +272,7 @@ def load_labelled(
         torch.Size([360, 1, 32, 32])
     """
     root = Path(data_root).expanduser()
-    spec = dataset_spec(dataset, root)
+    spec = dataset_spec(dataset, root, may_open_train=split == "train")
     raw, source = read_split(spec, split, root, download)
     if isinstance(raw, ImageFiles):
         return _open_files(spec, raw, image_shape)

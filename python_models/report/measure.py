@@ -21,7 +21,7 @@ from python_models.config import ReportConfig, distill_config
 from python_models.data import LabelledData, dataset_spec, load_labelled, to_float, to_uint8
 from python_models.engine import Distillation
 from python_models.errors import UserError
-from python_models.methods.base import Method
+from python_models.methods import METHODS, Method
 from python_models.networks import Classifier
 from python_models.report.collect import Run, Task
 from python_models.teacher import LoadedNetwork, load_network, resolve_device
@@ -127,7 +127,7 @@ def load_original(task: Task, runs: list[Run], config: ReportConfig) -> Original
     if task.dataset is None:
         return Original(names, None, "the runs name no dataset")
     try:
-        spec = dataset_spec(task.dataset, root)
+        spec = dataset_spec(task.dataset, root, may_open_train=False)
         if task.num_classes in (None, spec.num_classes):
             names = spec.class_names
         if not any(run.settings.get("evaluate", True) for run in runs):
@@ -274,7 +274,9 @@ class Measurer:
         config = distill_config(config=run.folder.config, **values)
         task = config.task
         teacher = load_network(
-            str(task.teacher), task.teacher_weights, task.dataset, data_root=task.data_root
+            *(str(task.teacher), task.teacher_weights, task.dataset),
+            data_root=task.data_root,
+            may_open_train=METHODS.get(config.method).needs_labels,
         )
         if fingerprint(teacher.classifier) != state["teacher"]:
             raise UserError(
