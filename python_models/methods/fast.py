@@ -88,13 +88,13 @@ class FastSettings(PoolSettings):
     """Rounds after warm-up at which that happens."""
     crop: int = 4
     """Padding of the random crop of generated and pooled images; 0: none."""
+    flip: bool = True
+    """Random horizontal flips of them."""
     crop_scale: float = 1.0
     """Below 1, a random resized crop takes the place of --crop: the least share of an image's area
     that it keeps."""
     synthesis_crop_scale: float | None = None
     """The same for generated images, in their loss; by default that of pooled ones."""
-    flip: bool = True
-    """Random horizontal flips of them."""
 
 
 @METHODS.register("fast")

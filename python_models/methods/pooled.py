@@ -37,11 +37,11 @@ class PoolSettings:
     them."""
     crop: int = 4
     """Padding of the random crop of the student's images; 0: none."""
+    flip: bool = True
+    """Random horizontal flips of them."""
     crop_scale: float = 1.0
     """Below 1, a random resized crop takes the place of --crop: the least share of an image's area
     that it keeps."""
-    flip: bool = True
-    """Random horizontal flips of them."""
 
 
 PoolSettingsT = TypeVar("PoolSettingsT", bound=PoolSettings)
