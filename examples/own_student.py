@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A student of one's own, for ``kdci distill --student own_student:Student``; see README.md.
 
-Any `torch.nn.Module` will do. ``num_classes`` is passed because the signature has the name; ``width``
-is an argument of this network alone, given as ``--student-args width=16``.
+Any `torch.nn.Module` will do. ``num_classes`` is passed because the signature has the name;
+``width`` is an argument of this network alone, given as ``--student-args width=16``.
 """
 
 from torch import Tensor, nn

@@ -155,3 +155,47 @@ def test_learning_rates() -> None:
     assert learning_rate("cosine", 0.2, 1.0, lr_min=0.1) == pytest.approx(0.1)
     rates = [learning_rate("step", 1.0, e / 10, milestones=(0.4, 0.8)) for e in range(10)]
     assert rates == pytest.approx([1.0] * 4 + [0.1] * 4 + [0.01] * 2)
+
+
+OF_RELEASED_CODE = ("cid-paper", "kd3-paper", "kd3-paper-mnist", "deepinversion-benchmark")
+"""Presets of released code or papers other than KDCI's that are not named so."""
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_presets_of_released_code_train_without_kdci(name: str) -> None:
+    """As that code did; those of KDCI's paper train with it, and flags win over both."""
+    is_released = "-official" in name or "-imagenet" in name or name in OF_RELEASED_CODE
+    if is_released:
+        assert read_settings(preset_paths()[name])["kdci"] is False
+    else:
+        assert "kdci" not in read_settings(preset_paths()[name])
+    if name.endswith("-paper") and not is_released:
+        assert "KDCI" in read_yaml(preset_paths()[name])["source"]
+        assert distill_config(preset=name).compensation.kdci
+    assert distill_config(preset=name, kdci=True).compensation.kdci
+
+
+@pytest.mark.parametrize("name", [name for name in preset_paths() if "imagenet" in name])
+def test_presets_for_imagenet_have_students_for_its_images(name: str) -> None:
+    """The networks for CIFAR take images of 224 pixels, at many times the cost."""
+    assert distill_config(preset=name).task.student.startswith("imagenet_")
+
+
+def test_deepinversions_script_for_cifar10_without_and_with_its_readmes_arguments() -> None:
+    """Two presets that differ in the weight of statistics and the rate alone."""
+    one, other = (
+        flatten(distill_config(preset=f"deepinversion-official{end}")) for end in ("-defaults", "")
+    )
+    differing = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+    assert differing == {"bn": (100.0, 10.0), "lr_image": (0.1, 0.05)}
+    rest = {"g_steps": 2000, "tv_l2": 2.5e-5, "tv_l1": 0.0, "l2": 0.0, "adi": 0.0}
+    assert {name: one[name] for name in rest} == rest
+
+
+def test_kd3_for_mnist_differs_from_kd3_in_its_networks_and_optimiser() -> None:
+    mnist, cifar = (flatten(distill_config(preset=f"kd3-paper{end}")) for end in ("-mnist", ""))
+    differing = {name: mnist[name] for name in mnist if mnist[name] != cifar[name]}
+    assert differing == {
+        **{"student": "lenet5_half", "epochs": 40, "optimizer": "adam", "lr": 1e-3},
+        **{"schedule": "constant", "weight_decay": 0.0, "flip": False},
+    }

@@ -70,6 +70,7 @@ class Context:
         device: Where all tensors live.
         randomness: Source of random streams.
         open_unlabelled: Opens the images of a sampling method, which are not read yet.
+        open_images: Opens any other images, named as ``unlabelled`` is.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
         precision: How networks compute; teacher, student and `generate` see to it themselves.
         watch: Is shown the terms of each step of a generator phase, to stop the run where one is
@@ -88,6 +89,7 @@ class Context:
     device: torch.device
     randomness: Randomness
     open_unlabelled: Callable[[], UnlabelledImages]
+    open_images: Callable[[str], UnlabelledImages]
     load_labelled: Callable[[], LabelledData]
     precision: Precision = field(default_factory=Precision)
     watch: Callable[[Mapping[str, Tensor]], None] = lambda terms: None
