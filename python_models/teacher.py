@@ -108,7 +108,8 @@ def load_network(
         weights_argument: What the user calls `weights`.
         data_root: Where a dataset's .npz file may be.
         network_args: Arguments of ``package.module:callable``.
-        given: Classes, image shape and normalisation that win over those of file and dataset.
+        given: Classes, image shape and normalisation that win over those of file and dataset; None
+            where the user has no flags for them.
         may_open_train: Whether the dataset may be described by its train split, where that is an
             .npz or a folder and has no test split.
 
@@ -116,7 +117,6 @@ def load_network(
         UserError: If it cannot be found or does not fit.
     """
     path = Path(source)
-    given = given or InputConfig()
     flag = f"--{weights_argument.replace('_', '-')}"
     if path.exists() or path.suffix == ".safetensors":
         for name, value in ((weights_argument, weights), (f"{argument}_args", network_args)):
@@ -178,10 +178,12 @@ def _task(
     dataset: str | None,
     data_root: Path,
     argument: str,
-    given: InputConfig,
+    given: InputConfig | None,
     may_open_train: bool,
 ) -> NetworkInfo:
     """Describe what a dataset's networks are made for, or else what is given."""
+    has_flags = given is not None
+    given = given or InputConfig()
     missing: MissingDataError | None = None
     if dataset is not None:
         try:
@@ -197,9 +199,10 @@ def _task(
     if classes is None or channels is None or size is None or not has_normalisation:
         flags = "--num-classes, --channels, --image-size, and --normalisation or --mean and --std"
         if missing is not None:
+            others = f", or {flags}" if has_flags else ""
             raise UserError(
-                f"{missing}: give a --{argument} that says what it was made for (a run folder or "
-                f"its .safetensors file), or {flags}"
+                f"{missing}: put the test split there, give a --{argument} that says what it was "
+                f"made for (a run folder or its .safetensors file){others}"
             ) from missing
         raise UserError(
             f"dataset is required where --{argument} is a network's name; or else {flags}"
@@ -207,8 +210,9 @@ def _task(
     return NetworkInfo("", classes, (channels, size, size), (0.0,), (1.0,), dataset)
 
 
-def _described(info: NetworkInfo, given: InputConfig) -> NetworkInfo:
+def _described(info: NetworkInfo, given: InputConfig | None) -> NetworkInfo:
     """Replace what is given in a network's description."""
+    given = given or InputConfig()
     for name in ("num_classes", "channels", "image_size"):
         value = getattr(given, name)
         if value is not None and value < 1:

@@ -172,7 +172,7 @@ def test_it_may_be_given_by_name_with_weights_and_dataset(
     save_checkpoint(weights, dict(read_weights(Path(task["kdci_dictionary_teacher"]))))
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (14, 32, 32), generator=random, dtype=torch.uint8).numpy()
-    np.savez(task["data_root"] / "other_train.npz", images=images, labels=np.arange(14) % 7)
+    np.savez(task["data_root"] / "other_test.npz", images=images, labels=np.arange(14) % 7)
     named = {
         **task,
         "kdci_dictionary_teacher": "lenet5_half",
@@ -184,6 +184,10 @@ def test_it_may_be_given_by_name_with_weights_and_dataset(
     assert run.kdci.dictionary_dim == OTHER_CLASSES
     with pytest.raises(UserError, match="--kdci-dictionary-dataset"):
         start({**named, "kdci_dictionary_dataset": None}, "dafl")
+    (task["data_root"] / "other_test.npz").rename(task["data_root"] / "other_train.npz")
+    message = r"other_train.npz, is not opened .* give a --kdci-dictionary-teacher that .*\)$"
+    with pytest.raises(UserError, match=message):
+        start(named, "dafl")
 
 
 def test_mistakes_are_named(task: dict[str, Any], tmp_path: Path) -> None:
