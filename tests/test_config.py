@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from python_models.compensation import num_prototypes
 from python_models.config import (
     DistillConfig,
     TaskConfig,
@@ -23,7 +24,7 @@ from python_models.config import (
 )
 from python_models.errors import UserError
 from python_models.methods import METHODS
-from python_models.networks import GENERATORS, NETWORKS
+from python_models.networks import DISCRIMINATORS, GENERATORS, NETWORKS
 from python_models.schedule import learning_rate
 
 
@@ -50,12 +51,73 @@ def test_every_preset_loads_names_its_source_and_what_it_uses_exists(name: str) 
     described = read_yaml(preset_paths()[name])
     assert described["about"]
     assert described["source"]
+    assert {"method", "student"} <= described.keys()
     config = distill_config(preset=name, teacher="x")
     check(config)
     assert config.task.student in NETWORKS
-    assert getattr(config.settings, "generator", "generator_small") in GENERATORS
+    for kind, registry in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
+        if hasattr(config.settings, kind):
+            assert getattr(config.settings, kind) in registry
     for key, value in read_settings(preset_paths()[name]).items():
         assert flatten(config)[key] == value
+
+
+SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
+PAPER: dict[str, tuple[int, dict[str, Any]]] = {
+    "dafl": (8, {**SGD, "weight_decay": 5e-4, "oh": 1.0, "act": 1e-3, "ie": 20.0}),
+    "fast": (8, {**SGD, "oh": 0.4, "adv": 1.1, "bn": 10.0, "lr_g": 1e-3}),
+    "cmi": (32, {**SGD, "bn": 1.0, "oh": 0.5, "adv": 0.5, "cr": 0.8, "lr_g": 1e-3}),
+    "deepinversion": (
+        32,
+        {
+            **{"tv_l2": 2.5e-5, "l2": 3e-8, "bn": 0.1, "adi": 10.0},
+            **{"g_steps": 1000, "lr_image": 0.05},
+        },
+    ),
+    "dfnd": (
+        128,
+        {
+            **{**SGD, "weight_decay": 5e-4, "select": 600_000},
+            **{"kd_weight": 4.0, "noise_weight": 1.0, "temperature": 1.0},
+        },
+    ),
+    "mosaickd": (
+        128,
+        {
+            **{**SGD, "weight_decay": 1e-4, "select": 600_000, "select_by": "confidence"},
+            **{"lr_g": 1e-3, "lr_d": 1e-3},
+        },
+    ),
+    # These two are of their own papers; KDCI's has neither.
+    "cid": (
+        128,
+        {
+            **{**SGD, "lr": 0.05, "weight_decay": 5e-4, "nesterov": True, "temperature": 4.0},
+            **{"epochs": 240, "batch_size": 64, "milestones": [150 / 240, 180 / 240, 210 / 240]},
+            **{"sr": 65.0, "cr": 1.0, "form": "paper"},
+        },
+    ),
+    "kd3": (
+        128,
+        {
+            **{**SGD, "lr": 0.05, "weight_decay": 5e-4, "nesterov": False, "epochs": 240},
+            **{"milestones": [150 / 240, 180 / 240, 210 / 240], "cutoff": 0.95, "mix": 0.01},
+            **{"contrast_temperature": 0.3, "form": "paper"},
+        },
+    ),
+}
+"""What KDCI's supplement G prints for each method, after the size of the dictionary."""
+
+
+def test_the_papers_presets_hold_the_papers_numbers() -> None:
+    assert {f"{name}-paper" for name in PAPER} == {p for p in preset_paths() if "paper" in p}
+    for name, (prototypes, expected) in PAPER.items():
+        config = distill_config(preset=f"{name}-paper")
+        assert config.method == name
+        values = flatten(config)
+        assert {key: values[key] for key in expected} == expected
+        assert num_prototypes(config) == prototypes
+        assert values["kdci_hidden_dim"] == 256
 
 
 def test_the_order_of_precedence(tmp_path: Path) -> None:

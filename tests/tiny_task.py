@@ -156,7 +156,7 @@ def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:
 
 
 def in_double(run: Distillation) -> Distillation:
-    """Bring all networks of a run and its method's own tensors to float64; images, losses follow."""
+    """Bring a run's networks and its method's tensors to float64; images and losses follow."""
     held = [run.teacher, run.student, run.deployed, run.kdci, *vars(run.method).values()]
     for each in held:
         if isinstance(each, nn.Module):
