@@ -62,51 +62,31 @@ def test_every_preset_loads_names_its_source_and_what_it_uses_exists(name: str) 
         assert flatten(config)[key] == value
 
 
-SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
+SGD = dict(optimizer="sgd", lr=0.1, momentum=0.9)
+STEPS = dict(SGD, lr=0.05, weight_decay=5e-4, epochs=240, milestones=[0.625, 0.75, 0.875])
 PAPER: dict[str, tuple[int, dict[str, Any]]] = {
-    "dafl": (8, {**SGD, "weight_decay": 5e-4, "oh": 1.0, "act": 1e-3, "ie": 20.0}),
-    "fast": (8, {**SGD, "oh": 0.4, "adv": 1.1, "bn": 10.0, "lr_g": 1e-3}),
-    "cmi": (32, {**SGD, "bn": 1.0, "oh": 0.5, "adv": 0.5, "cr": 0.8, "lr_g": 1e-3}),
+    "dafl": (8, dict(SGD, weight_decay=5e-4, oh=1.0, act=1e-3, ie=20.0)),
+    "fast": (8, dict(SGD, oh=0.4, adv=1.1, bn=10.0, lr_g=1e-3)),
+    "cmi": (32, dict(SGD, bn=1.0, oh=0.5, adv=0.5, cr=0.8, lr_g=1e-3)),
     "deepinversion": (
         32,
-        {
-            **{"tv_l2": 2.5e-5, "l2": 3e-8, "bn": 0.1, "adi": 10.0},
-            **{"g_steps": 1000, "lr_image": 0.05},
-        },
+        dict(tv_l2=2.5e-5, l2=3e-8, bn=0.1, adi=10.0, g_steps=1000, lr_image=0.05),
     ),
     "dfnd": (
         128,
-        {
-            **{**SGD, "weight_decay": 5e-4, "select": 600_000},
-            **{"kd_weight": 4.0, "noise_weight": 1.0, "temperature": 1.0},
-        },
+        dict(
+            SGD, weight_decay=5e-4, select=600_000, kd_weight=4.0, noise_weight=1.0, temperature=1.0
+        ),
     ),
     "mosaickd": (
         128,
-        {
-            **{**SGD, "weight_decay": 1e-4, "select": 600_000, "select_by": "confidence"},
-            **{"lr_g": 1e-3, "lr_d": 1e-3},
-        },
+        dict(SGD, weight_decay=1e-4, select=600_000, select_by="confidence", lr_g=1e-3, lr_d=1e-3),
     ),
-    # These two are of their own papers; KDCI's has neither.
-    "cid": (
-        128,
-        {
-            **{**SGD, "lr": 0.05, "weight_decay": 5e-4, "nesterov": True, "temperature": 4.0},
-            **{"epochs": 240, "batch_size": 64, "milestones": [150 / 240, 180 / 240, 210 / 240]},
-            **{"sr": 65.0, "cr": 1.0, "form": "paper"},
-        },
-    ),
-    "kd3": (
-        128,
-        {
-            **{**SGD, "lr": 0.05, "weight_decay": 5e-4, "nesterov": False, "epochs": 240},
-            **{"milestones": [150 / 240, 180 / 240, 210 / 240], "cutoff": 0.95, "mix": 0.01},
-            **{"contrast_temperature": 0.3, "form": "paper"},
-        },
-    ),
+    # These two are of their own papers; KDCI's supplement has neither.
+    "cid": (128, dict(STEPS, nesterov=True, temperature=4.0, batch_size=64, sr=65.0, cr=1.0)),
+    "kd3": (128, dict(STEPS, nesterov=False, cutoff=0.95, mix=0.01, contrast_temperature=0.3)),
 }
-"""What KDCI's supplement G prints for each method, after the size of the dictionary."""
+"""The size of each method's dictionary in the KDCI paper, and what its supplement G prints."""
 
 
 def test_the_papers_presets_hold_the_papers_numbers() -> None:
