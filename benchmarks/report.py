@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ README_FILES = {
     "dictionary": "dictionary-1-thread",
     "compensation": "compensation-1-thread",
     "step": "step-1-thread",
+    "study": "study-mini",
 }
 
 
@@ -32,6 +35,7 @@ def fill_readme(text: str, results: Path = RESULTS) -> str:
         "dictionary": _dictionary_table,
         "compensation": _compensation_table,
         "step": _step_table,
+        "study": _study_table,
     }
     for name, table in tables.items():
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
@@ -58,6 +62,52 @@ def _step_table(path: Path) -> str:
 
     about, rows = load(path, step.Row)
     return step_table(about, rows)
+
+
+def _study_table(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return study_table(list(csv.DictReader(file)))
+
+
+def study_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a study of two variants in Markdown, an entry a line.
+
+    Args:
+        rows: Those of its results.csv, of the first variant the baseline.
+    """
+    from python_models.study.table import paired_difference
+
+    baseline, other = dict.fromkeys(row["variant"] for row in rows)
+    found = {(r["entry"], r["variant"], r["seed"]): float(r["accuracy"]) for r in rows}
+    lines = [
+        f"| method | seeds | {baseline} (%) | {other} minus {baseline} | 95 % interval "
+        "| better / worse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in dict.fromkeys(row["entry"] for row in rows):
+        seeds = [row["seed"] for row in rows if (row["entry"], row["variant"]) == (entry, other)]
+        alone = [found[entry, baseline, seed] for seed in seeds]
+        paired = paired_difference(
+            [found[entry, other, seed] - found[entry, baseline, seed] for seed in seeds]
+        )
+        width = paired.half_width
+        interval = (
+            "-" if width is None else f"{paired.mean - width:+.2f} to {paired.mean + width:+.2f}"
+        )
+        spread = f" ± {statistics.stdev(alone):.2f}" if len(alone) > 1 else ""
+        lines.append(
+            f"| {entry} | {len(seeds)} | {statistics.fmean(alone):.2f}{spread} "
+            f"| {paired.mean:+.2f} | {interval} | {paired.better} / {paired.worse} |"
+        )
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    teacher = float(rows[0]["teacher_accuracy"])
+    lines += [
+        "",
+        f"Accuracy on the test images of {rows[0]['dataset']}, of the last step; teacher "
+        f"{teacher:.2f} %. Differences in percentage points over pairs that share all but KDCI, "
+        f"their mean with Student's interval. Commit {commits}.",
+    ]
+    return "\n".join(lines)
 
 
 def dictionary_table(about: Mapping[str, str], rows: Sequence[dictionary.Row]) -> str:

@@ -148,7 +148,8 @@ class Sources:
     config: Path | None = None
     """YAML file of settings."""
     preset: str | None = None
-    """Settings that come with the package (see: kdci list presets)."""
+    """Settings that come with the package (see: kdci list presets). Those of released code train
+    without KDCI, unless --kdci is given."""
 
 
 @dataclass(kw_only=True)

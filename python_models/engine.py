@@ -140,6 +140,7 @@ class Distillation:
                 device=device,
                 randomness=self.randomness,
                 open_unlabelled=self._open_unlabelled,
+                open_images=self._open_images,
                 load_unlabelled=self._load_unlabelled,
                 load_labelled=self._load_labelled,
                 precision=self.precision,
@@ -221,10 +222,12 @@ class Distillation:
     def _open_unlabelled(self) -> UnlabelledImages:
         task = self.config.task
         assert task.unlabelled is not None
+        return self._open_images(task.unlabelled, task.unlabelled_imbalance)
+
+    def _open_images(self, source: str, imbalance: float = 1.0) -> UnlabelledImages:
         channels, _, size = self.info.image_shape
         self.unlabelled = open_unlabelled(
-            *(task.unlabelled, task.data_root, size, channels),
-            imbalance=task.unlabelled_imbalance,
+            *(source, self.config.task.data_root, size, channels), imbalance=imbalance
         )
         return self.unlabelled
 

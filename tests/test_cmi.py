@@ -10,12 +10,15 @@ import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_data import random_images, save_image
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_task import CLASSES, make_task, start
+from tiny_task import CLASSES, make_task, start, tiny_config
 from torch import Tensor, nn
 
+from python_models.config import distill_config, flatten
 from python_models.data import FeatureBank, RandomResizedCropFlip
+from python_models.distill import distill
 from python_models.errors import UserError
 from python_models.methods.cmi import InputMeans, hooked_modules
 from python_models.networks import build_network
@@ -439,3 +442,44 @@ def test_a_teacher_without_batch_norm(tmp_path: Path) -> None:
     task = make_task(tmp_path, network="lenet5_half")
     with pytest.raises(ValueError, match="no BatchNorm layer with running statistics"):
         start(task, "cmi")
+
+
+# --- released settings, and images to begin with --------------------------------------------------
+
+
+def test_the_released_settings() -> None:
+    """Three scripts for one pair of networks, which differ in few settings."""
+    names = (
+        *("batch_size", "epochs", "ep_steps", "kd_steps", "oh", "cr_temperature"),
+        *("g_steps", "bn", "adv", "cr", "temperature", "lr", "weight_decay", "bank_size", "kdci"),
+    )
+    same = (200, 1.0, 0.5, 0.8, 20.0, 0.1, 1e-4, 40960, False)
+    table = {
+        "cmi-official": (128, 200, 400, 400, 1.0, 0.1),
+        "cmi-official-adv": (128, 40, 2000, 2000, 0.5, 0.1),
+        "cmi-official-cifar10": (256, 200, 400, 400, 1.0, 0.2),
+    }
+    for preset, expected in table.items():
+        found = flatten(distill_config(preset=preset))
+        assert tuple(found[name] for name in names) == (*expected, *same), preset
+    # There is room for 50,000 images made beforehand and for those of all rounds.
+    assert flatten(distill_config(preset="cmi-official-adv"))["pool_size"] > 50_000 + 40 * 256
+
+
+def test_a_run_with_a_folder_of_initial_images(tmp_path: Path) -> None:
+    """The student learns from them too; one that cannot be read is left out and named."""
+    task = make_task(tmp_path)
+    folder = tmp_path / "inverted"
+    for i in range(12):
+        save_image(folder / f"{i:02}.png", random_images(32, 32, seed=i))
+    (folder / "broken.png").write_bytes(b"no image")
+    settings = {"initial_pool": str(folder), "pool_size": 40, "epochs": 1, "kd_steps": 4}
+    out = tmp_path / "run"
+    with pytest.warns(UserWarning, match="left out 1 of 13"):
+        distill(tiny_config(task, "cmi", **settings, out_dir=out))
+    assert "broken.png" in (out / "skipped.txt").read_text()
+    state = torch.load(next(out.glob("checkpoints/*")), weights_only=True)
+    pool = state["run"]["method"]["pool"]
+    assert pool["seen"] == 12 + 10
+    for i in range(12):
+        assert torch.equal(pool["images"][i, 0], torch.from_numpy(random_images(32, 32, seed=i)))

@@ -65,35 +65,39 @@ def test_every_preset_loads_names_its_source_and_what_it_uses_exists(name: str) 
 SGD = dict(optimizer="sgd", lr=0.1, momentum=0.9)
 STEPS = dict(SGD, lr=0.05, weight_decay=5e-4, epochs=240, milestones=[0.625, 0.75, 0.875])
 PAPER: dict[str, tuple[int, dict[str, Any]]] = {
-    "dafl": (8, dict(SGD, weight_decay=5e-4, oh=1.0, act=1e-3, ie=20.0)),
-    "fast": (8, dict(SGD, oh=0.4, adv=1.1, bn=10.0, lr_g=1e-3)),
-    "cmi": (32, dict(SGD, bn=1.0, oh=0.5, adv=0.5, cr=0.8, lr_g=1e-3)),
-    "deepinversion": (
+    "dafl-paper": (8, dict(SGD, weight_decay=5e-4, oh=1.0, act=1e-3, ie=20.0)),
+    "fast-paper": (8, dict(SGD, oh=0.4, adv=1.1, bn=10.0, lr_g=1e-3)),
+    "cmi-paper": (32, dict(SGD, bn=1.0, oh=0.5, adv=0.5, cr=0.8, lr_g=1e-3)),
+    "deepinversion-paper": (
         32,
         dict(tv_l2=2.5e-5, l2=3e-8, bn=0.1, adi=10.0, g_steps=1000, lr_image=0.05),
     ),
-    "dfnd": (
+    "dfnd-paper": (
         128,
         dict(
             SGD, weight_decay=5e-4, select=600_000, kd_weight=4.0, noise_weight=1.0, temperature=1.0
         ),
     ),
-    "mosaickd": (
+    "mosaickd-paper": (
         128,
         dict(SGD, weight_decay=1e-4, select=600_000, select_by="confidence", lr_g=1e-3, lr_d=1e-3),
     ),
-    # These two are of their own papers; KDCI's supplement has neither.
-    "cid": (128, dict(STEPS, nesterov=True, temperature=4.0, batch_size=64, sr=65.0, cr=1.0)),
-    "kd3": (128, dict(STEPS, nesterov=False, cutoff=0.95, mix=0.01, contrast_temperature=0.3)),
+    # These are of their own papers, CID's weights of its code; KDCI's supplement has none of them.
+    "cid-paper": (128, dict(STEPS, nesterov=True, temperature=4.0, batch_size=64, sr=65.0, cr=1.0)),
+    "kd3-paper": (
+        128,
+        dict(STEPS, nesterov=False, cutoff=0.95, mix=0.01, contrast_temperature=0.3),
+    ),
+    "kd3-paper-mnist": (128, dict(optimizer="adam", lr=1e-3, epochs=40, cutoff=0.95, mix=0.01)),
 }
-"""The size of each method's dictionary in the KDCI paper, and what its supplement G prints."""
+"""Each preset's size of the dictionary (KDCI, section 4) and the numbers that the paper prints."""
 
 
 def test_the_papers_presets_hold_the_papers_numbers() -> None:
-    assert {f"{name}-paper" for name in PAPER} == {p for p in preset_paths() if "paper" in p}
+    assert PAPER.keys() == {name for name in preset_paths() if "-paper" in name}
     for name, (prototypes, expected) in PAPER.items():
-        config = distill_config(preset=f"{name}-paper")
-        assert config.method == name
+        config = distill_config(preset=name)
+        assert config.method == name.split("-")[0]
         values = flatten(config)
         assert {key: values[key] for key in expected} == expected
         assert num_prototypes(config) == prototypes
@@ -197,3 +201,47 @@ def test_learning_rates() -> None:
     assert learning_rate("cosine", 0.2, 1.0, lr_min=0.1) == pytest.approx(0.1)
     rates = [learning_rate("step", 1.0, e / 10, milestones=(0.4, 0.8)) for e in range(10)]
     assert rates == pytest.approx([1.0] * 4 + [0.1] * 4 + [0.01] * 2)
+
+
+OF_RELEASED_CODE = ("cid-paper", "kd3-paper", "kd3-paper-mnist", "deepinversion-benchmark")
+"""Presets of released code or papers other than KDCI's that are not named so."""
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_presets_of_released_code_train_without_kdci(name: str) -> None:
+    """As that code did; those of KDCI's paper train with it, and flags win over both."""
+    is_released = "-official" in name or "-imagenet" in name or name in OF_RELEASED_CODE
+    if is_released:
+        assert read_settings(preset_paths()[name])["kdci"] is False
+    else:
+        assert "kdci" not in read_settings(preset_paths()[name])
+    if name.endswith("-paper") and not is_released:
+        assert "KDCI" in read_yaml(preset_paths()[name])["source"]
+        assert distill_config(preset=name).compensation.kdci
+    assert distill_config(preset=name, kdci=True).compensation.kdci
+
+
+@pytest.mark.parametrize("name", [name for name in preset_paths() if "imagenet" in name])
+def test_presets_for_imagenet_have_students_for_its_images(name: str) -> None:
+    """The networks for CIFAR take images of 224 pixels, at many times the cost."""
+    assert distill_config(preset=name).task.student.startswith("imagenet_")
+
+
+def test_deepinversions_script_for_cifar10_without_and_with_its_readmes_arguments() -> None:
+    """Two presets that differ in the weight of statistics and the rate alone."""
+    one, other = (
+        flatten(distill_config(preset=f"deepinversion-official{end}")) for end in ("-defaults", "")
+    )
+    differing = {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+    assert differing == {"bn": (100.0, 10.0), "lr_image": (0.1, 0.05)}
+    rest = {"g_steps": 2000, "tv_l2": 2.5e-5, "tv_l1": 0.0, "l2": 0.0, "adi": 0.0}
+    assert {name: one[name] for name in rest} == rest
+
+
+def test_kd3_for_mnist_differs_from_kd3_in_its_networks_and_optimiser() -> None:
+    mnist, cifar = (flatten(distill_config(preset=f"kd3-paper{end}")) for end in ("-mnist", ""))
+    differing = {name: mnist[name] for name in mnist if mnist[name] != cifar[name]}
+    assert differing == {
+        **{"student": "lenet5_half", "epochs": 40, "optimizer": "adam", "lr": 1e-3},
+        **{"schedule": "constant", "weight_decay": 0.0, "flip": False},
+    }

@@ -18,7 +18,7 @@ import torch
 
 import kdci_ext
 from python_models.cli import main
-from python_models.config import leaves, preset_paths
+from python_models.config import leaves, preset_paths, study_paths
 from python_models.data import DATASETS
 from python_models.methods import METHODS
 from python_models.networks import NETWORKS
@@ -194,6 +194,15 @@ def test_findings_quote_the_readme() -> None:
     assert quoted
     for accuracy in quoted:
         assert accuracy in README
+
+
+def test_studies_and_presets_that_pages_name_exist() -> None:
+    pages = [README, *(page.read_text() for page in sorted(DOCS.rglob("*.md")))]
+    for page in pages:
+        for study in re.findall(r"kdci study ([a-z][\w-]*)(?![\w.-])", page):
+            assert study in study_paths()
+        for preset in re.findall(r"--preset ([a-z][\w-]*)", page):
+            assert preset in preset_paths()
 
 
 def test_results_of_studies_are_shown(

@@ -37,9 +37,23 @@ def test_a_guide_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_the_student_of_the_readme_is_built_with_its_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has the parameters that the README counts, and logits of the classes asked for."""
+    torch = pytest.importorskip("torch")
+    from python_models.networks import build_network
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    student = build_network("own_student:Student", 10, 3, width=16)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert f"{count:,} parameters" in (ROOT / "README.md").read_text()
+    assert student(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_the_readme_links_every_guide() -> None:
     files = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert files == {*GUIDES, "digits"}
+    assert files == {*GUIDES, "digits", "own_student"}
     readme = (ROOT / "README.md").read_text()
-    for name in GUIDES:
+    for name in (*GUIDES, "own_student"):
         assert f"](examples/{name}.py)" in readme

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import by_hand
+import numpy as np
 import pytest
 import torch
 from tiny_task import in_double, make_task, resumed, start
 from torch import Tensor, nn
 
-from python_models.config import distill_config
+from python_models.config import distill_config, flatten
+from python_models.data import RandomCropFlip, RandomResizedCropFlip, load_unlabelled
+from python_models.errors import UserError
 
 
 @pytest.fixture
@@ -289,3 +292,131 @@ def test_the_released_settings() -> None:
         )
         assert (t.lr, t.lr_min, t.weight_decay, t.momentum) == (0.2, 2e-4, 1e-4, 0.9)
         assert (t.temperature, t.batch_size, t.epochs, t.ep_steps) == (20.0, 256, 200, 400)
+
+
+# -- random resized crops, and images to begin with --------------------------
+
+
+def test_generated_and_pooled_images_are_cropped_as_asked_for(task: dict[str, Any]) -> None:
+    """Resized crops of the shares asked for, each from its stream, in place of padded ones."""
+    settings = {"crop_scale": 0.3, "synthesis_crop_scale": 0.75, "pool_storage": "float"}
+    method: Any = start(task, "fast", **settings, g_steps=1, flip=False).method
+    seen: list[Tensor] = []
+    original = method.generator_losses
+    method.generator_losses = lambda x, *a, **k: (seen.append(x), original(x, *a, **k))[1]
+    stream = torch.Generator()
+    stream.set_state(method._synthesis_stream.get_state())
+    images = method.begin_round(0).batch.images
+    method.generator.sample_latents(10, stream)
+    torch.randint(4, (10,), generator=stream)
+    expected = RandomResizedCropFlip((0.75, 1.0), flip=False)(images, stream)
+    torch.testing.assert_close(seen[0], expected)
+
+    stream.set_state(method._pool_stream.get_state())
+    found = method.next_batch().images
+    expected = RandomResizedCropFlip((0.3, 1.0), flip=False)(method.pool.sample(12, stream), stream)
+    torch.testing.assert_close(found, expected)
+
+
+def test_padded_crops_are_the_default(task: dict[str, Any]) -> None:
+    """And generated images are cropped as pooled ones are, where nothing else is asked for."""
+    method: Any = start(task, "fast", crop=3).method
+    assert method.synthesis_augment is method.augment
+    assert isinstance(method.augment, RandomCropFlip)
+    assert (method.augment.padding, method.augment.flip) == (3, True)
+    method = start(task, "fast", crop_scale=0.5).method
+    assert method.synthesis_augment is method.augment
+    assert (method.augment.scale, method.augment.flip) == ((0.5, 1.0), True)
+
+
+@pytest.mark.parametrize("name", ["crop_scale", "synthesis_crop_scale"])
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.5, float("nan")])
+def test_impossible_shares_of_the_area(name: str, scale: float, task: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"{name}={scale} must lie in \(0, 1\]"):
+        start(task, "fast", **{name: scale})
+
+
+def test_the_pool_begins_with_the_initial_images_which_count(task: dict[str, Any]) -> None:
+    """They are brought to the task's size and colours, and are the first to leave a full pool."""
+    run = start(task, "fast", initial_pool="wild.npz", pool_size=55)
+    method: Any = run.method
+    wild = load_unlabelled("wild.npz", task["data_root"], 32, 1)
+    assert len(method.pool) == 0
+    run.prepare()
+    assert len(method.pool) == len(wild) == 50
+    assert torch.equal(method.pool.state_dict()["images"], wild)
+    method.begin_round(0)
+    held = method.pool.state_dict()["images"]
+    assert len(held) == 55
+    assert torch.equal(held[5:50], wild[5:])
+    assert not torch.equal(held[:5], wild[:5])
+
+
+def test_a_resumed_run_has_the_initial_images_from_its_checkpoint(task: dict[str, Any]) -> None:
+    """It goes on alike, though their source holds others by now."""
+    settings = {"initial_pool": "wild.npz", "pool_size": 60, "warmup": 1, "kd_steps": 1}
+    whole = start(task, "fast", **settings)
+    whole.prepare()
+    while whole.step < 2:
+        whole.advance()
+    others = np.zeros((50, 24, 24, 3), dtype=np.uint8)
+    np.savez(task["data_root"] / "wild.npz", images=others, labels=np.zeros(50, dtype=np.int64))
+    again = resumed(whole, start(task, "fast", **settings))
+    for run in (whole, again):
+        while run.step < 4:
+            run.advance()
+    one, other = (run.method.state_dict()["pool"]["images"] for run in (whole, again))
+    assert torch.equal(one, other)
+    for mine, its in zip(whole.student.parameters(), again.student.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pool_size": 49}, "wild.npz holds 50 images, which are more than pool_size=49"),
+        ({"initial_pool": "nowhere"}, "initial_pool: unlabelled source 'nowhere' is neither"),
+    ],
+)
+def test_impossible_initial_pools(
+    values: dict[str, Any], message: str, task: dict[str, Any]
+) -> None:
+    """Refused before anything is computed or written."""
+    with pytest.raises(UserError, match=message):
+        start(task, "fast", **{"initial_pool": "wild.npz", **values})
+
+
+IMAGENET = {
+    "kdci": False,
+    # The student, on random images of 224 pixels.
+    **{"student": "imagenet_resnet18", "epochs": 400, "ep_steps": 1000, "kd_steps": 100},
+    **{"batch_size": 100, "temperature": 5.0, "lr": 0.1, "lr_min": 0.0, "schedule": "cosine"},
+    # The meta-generator and the latents that 50 rounds share.
+    **{"synthesis_batch_size": 100, "generator": "generator_imagenet", "latent_dim": 256},
+    **{"g_steps": 50, "lr_g": 2e-4, "lr_z": 0.01, "lr_g_meta": 1e-4, "lr_z_meta": 5e-3},
+    **{"meta": "reptile", "redraw_z_every": 50, "warmup": 0, "reset_l0": False},
+    # Weights.
+    **{"bn": 0.1, "oh": 0.1, "adv": 1.0, "bn_momentum": 0.9},
+    **{"crop_scale": 0.08, "synthesis_crop_scale": 0.75, "flip": True},
+}
+"""What Fast's code and logs for ImageNet have."""
+
+
+def test_the_released_settings_for_imagenet(task: dict[str, Any]) -> None:
+    """They are the code's, and a run of them at a smaller size goes through two rounds."""
+    found = flatten(distill_config(preset="fast-official-imagenet"))
+    assert {name: found[name] for name in IMAGENET} == IMAGENET
+    assert found["pool_policy"] == "reservoir"
+    small = {
+        **{name: found[name] for name in IMAGENET},
+        **{name: task[name] for name in ("student", "batch_size")},
+        **{"epochs": 1, "ep_steps": 2, "kd_steps": 1, "g_steps": 2, "latent_dim": 4},
+        **{"synthesis_batch_size": 6, "pool_size": 56, "pool_policy": "reservoir"},
+    }
+    run = start(task, "fast", **small, initial_pool="wild.npz")
+    run.prepare()
+    while run.step < run.total_steps:
+        run.advance()
+    method: Any = run.method
+    assert (run.round, method.pool.seen, len(method.pool)) == (2, 50 + 12, 56)
+    assert method.latents.shape == (6, 4, 2, 2)

@@ -103,13 +103,26 @@ def test_shipped_studies_are_valid(name: str) -> None:
             assert cell.config.task.teacher in study.teachers or name == "imagenet"
 
 
-def test_mini_has_every_method_with_floors_and_five_seeds() -> None:
+def test_mini_has_every_method_with_floors_and_six_with_five_seeds() -> None:
     from python_models.methods import METHODS
 
     cells = load_study("mini").cells
     assert {cell.config.method for cell in cells} == set(METHODS.names()) - {"noise"}
     assert all(cell.floor is not None and cell.floor > 50 for cell in cells)
-    assert len(cells) == 8 * 2 * 5
+    assert len(cells) == 6 * 2 * 5 + 2 * 2
+
+
+def test_a_method_may_be_kept_to_some_of_the_seeds(tmp_path: Path) -> None:
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"]}
+    path = write_study(tmp_path, methods={"a": noise, "b": {**noise, "seeds": [1]}})
+    assert [(c.method, c.seed) for c in load_study(str(path)).cells if c.variant == "kdci"] == [
+        *(("a", 0), ("a", 1)),
+        ("b", 1),
+    ]
+    for wrong in ([], [2], [[1]], 1):
+        path = write_study(tmp_path, methods={"a": {**noise, "seeds": wrong}})
+        with pytest.raises(UserError, match="methods: a: seeds must be a list of some of"):
+            load_study(str(path))
 
 
 def test_a_study_may_be_kept_to_some_of_its_seeds(tmp_path: Path) -> None:

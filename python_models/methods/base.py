@@ -70,6 +70,7 @@ class Context:
         device: Where all tensors live.
         randomness: Source of random streams.
         open_unlabelled: Opens the images of a sampling method, to read them in one pass.
+        open_images: Opens any other images, named as ``unlabelled`` is.
         load_unlabelled: Reads them all, uint8 ``[n, c, h, w]`` on the CPU.
         load_labelled: Reads the training images with labels; for methods with `needs_labels` alone.
         precision: How networks compute; teacher, student and `generate` see to it themselves.
@@ -89,6 +90,7 @@ class Context:
     device: torch.device
     randomness: Randomness
     open_unlabelled: Callable[[], UnlabelledImages]
+    open_images: Callable[[str], UnlabelledImages]
     load_unlabelled: Callable[[], Tensor]
     load_labelled: Callable[[], LabelledData]
     precision: Precision = field(default_factory=Precision)

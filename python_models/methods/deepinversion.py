@@ -18,9 +18,10 @@ student learns from random batches of the pool.
 
 The published forms are settings of this one method, each of them a preset:
 
-- the released CIFAR-10 script (``deepinversion-official``): roll, TV_2, constant rate, no clipping.
-  It means to keep the images of the lowest loss but keeps a reference to the ones that go on
-  changing, so in effect the last: ``--keep last``;
+- the released CIFAR-10 script (``deepinversion-official`` by its README,
+  ``deepinversion-official-defaults`` without arguments): roll, TV_2, constant rate, no clipping. It
+  means to keep the images of the lowest loss but keeps a reference to the ones that go on changing,
+  so in effect the last: ``--keep last``;
 - the released ImageNet script (``deepinversion-imagenet``): jitter and mirror, first layer ten
   times, ``g_steps_half`` steps on images averaged to half their size, then ``g_steps`` on whole
   ones, each with a linear warm-up and a half cosine of the rate, clipped to valid pixels after

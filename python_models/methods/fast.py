@@ -15,8 +15,10 @@ gradients (first-order MAML) or towards the copy (Reptile: gradient 67 (meta - c
 
 The released code for ImageNet shares one batch of latents among 50 rounds and learns it as it
 learns the generator: ``--meta reptile --redraw-z-every 50``, with ``--lr-g-meta`` and
-``--lr-z-meta``. (Its first-order MAML adds the latents themselves in place of their gradient; here
-it is the gradient.)
+``--lr-z-meta``, in the preset ``fast-official-imagenet``. (Its first-order MAML adds the latents
+themselves in place of their gradient; here it is the gradient.) There generated and pooled images
+are cropped at random and resized, and a folder of images made before is part of the pool:
+``--synthesis-crop-scale``, ``--crop-scale`` and ``--initial-pool``.
 """
 
 from __future__ import annotations
@@ -88,6 +90,11 @@ class FastSettings(PoolSettings):
     """Padding of the random crop of generated and pooled images; 0: none."""
     flip: bool = True
     """Random horizontal flips of them."""
+    crop_scale: float = 1.0
+    """Below 1, a random resized crop takes the place of --crop: the least share of an image's area
+    that it keeps."""
+    synthesis_crop_scale: float | None = None
+    """The same for generated images, in their loss; by default that of pooled ones."""
 
 
 @METHODS.register("fast")
@@ -102,6 +109,9 @@ class Fast(PooledMethod[FastSettings]):
 
     def __init__(self, settings: FastSettings, context: Context) -> None:
         super().__init__(settings, context)
+        self.synthesis_augment = self.augment
+        if settings.synthesis_crop_scale is not None:
+            self.synthesis_augment = self._augmentation("synthesis_crop_scale")
         self.generator = build_image_generator(settings.generator, settings.latent_dim, context)
         lr_g_meta = settings.lr_g_meta or settings.lr_g * settings.g_steps
         groups: list[dict[str, Any]] = [{"params": self.generator.parameters(), "lr": lr_g_meta}]
@@ -156,7 +166,7 @@ class Fast(PooledMethod[FastSettings]):
         for _ in range(s.g_steps):
             images = generate(inner, latents[part.rows], self.teacher)
             terms = self.generator_losses(
-                self.augment(images, stream, part),
+                self.synthesis_augment(images, stream, part),
                 targets[part.rows],
                 adversarial=index >= s.warmup,
             )

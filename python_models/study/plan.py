@@ -18,15 +18,15 @@ of file names::
 
 Methods:
       fast: {preset: demo-fashion, floor: 80}
-      dafl: {method: dafl, lr: 0.01, floor: {vanilla: 70}, variants: [vanilla, kdci]}
+      dafl: {method: dafl, lr: 0.01, floor: {vanilla: 70}, variants: [vanilla, kdci], seeds: [0]}
     variants:               # the first is the baseline that the others are compared with
       vanilla: {kdci: false}
       kdci: {kdci: true}
 
 There is one run for each task, method, variant and seed. Where several of these give a setting,
 the later one of preset, settings, task, method and variant wins. ``floor`` is an accuracy in
-percent that every run of the method (or, by its name, of a variant) must reach; ``variants`` keeps
-a method to some of them.
+percent that every run of the method (or, by its name, of a variant) must reach; ``variants`` and
+``seeds`` keep a method to some of them.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def load_study(name: str, seeds: Sequence[int] | None = None) -> Study:
     Example:
         >>> study = load_study("mini")
         >>> study.baseline, len(study.entries), len(study.cells)
-        ('vanilla', 8, 80)
+        ('vanilla', 8, 64)
     """
     path = find_study(name)
     study = _Reader(path, read_yaml(path)).study()
@@ -228,10 +228,12 @@ class _Reader:
             for method, values in methods.items():
                 layers = [("settings", common), (f"tasks: {task}", of_task)]
                 cells += self._cells(task, method, values, layers, variants)
+        kept = {name: self._kept_seeds(name, values, seeds) for name, values in methods.items()}
         by_seed = [
             replace(cell, seed=seed, config=override(cell.config, {"seed": seed}, "seeds"))
             for seed in seeds
             for cell in cells
+            if seed in kept[cell.method]
         ]
         return Study(
             self.path.stem, str(self.values.get("about", "")), teachers, variants, tuple(by_seed)
@@ -250,6 +252,7 @@ class _Reader:
         own = dict(self._settings(key, values))
         floors = self._floors(key, own.pop("floor", None), variants)
         chosen = self._chosen(key, own.pop("variants", None), variants)
+        own.pop("seeds", None)
         preset, name = own.pop("preset", None), own.pop("method", None)
         if preset is None and name is None:
             raise self._error(key, "must give a `preset` or a `method`")
@@ -292,6 +295,13 @@ class _Reader:
         if len(set(seeds)) < len(seeds):
             raise self._error("seeds", "names a seed twice")
         return seeds
+
+    def _kept_seeds(self, method: str, values: Any, seeds: Sequence[int]) -> Sequence[int]:
+        """Return the seeds that a method is kept to."""
+        kept = seeds if values is None else values.get("seeds", seeds)
+        if not isinstance(kept, list) or not kept or not all(seed in seeds for seed in kept):
+            raise self._error(f"methods: {method}", "seeds must be a list of some of `seeds`")
+        return kept
 
     def _named(self, key: str) -> dict[str, Any]:
         values: dict[str, Any] = self.values.get(key) or {}
