@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from python_models.distributed import ALONE, Part, World
+from python_models.precision import at_least_float32
 
 
 def kd_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -344,7 +345,7 @@ class BatchNormStatistics:
         def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Mean and variance over everything but the channels.
             dims = [d for d in range(inputs[0].dim()) if d != 1]
-            variance, mean = torch.var_mean(inputs[0].float(), dim=dims, correction=0)
+            variance, mean = torch.var_mean(at_least_float32(inputs[0]), dim=dims, correction=0)
             self._batch[index] = (mean, variance)
 
         return read

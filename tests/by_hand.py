@@ -4,9 +4,11 @@
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdci_ext import KDCI
 from python_models.engine import Distillation
 
 
@@ -72,3 +74,43 @@ def batch_norm_distances(run: Distillation, images: Tensor) -> list[float]:
         assert isinstance(layer.running_var, Tensor)
         distances.append(norm(layer.running_mean - mean) + norm(layer.running_var - variance))
     return distances
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> float:
+    """KL_T(T || S) of logits: the divergences of the images, their mean, times T squared."""
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        p, q = probabilities(t, temperature), probabilities(s, temperature)
+        total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+    return temperature**2 * total / len(student)
+
+
+@torch.no_grad()
+def compensated(kdci: KDCI, student: Tensor) -> Tensor:
+    """S + sum_i lambda_i P(z_i) z_i, with lambda = softmax_i(w_t tanh(W_q s + W_k z_i))."""
+    attention = kdci.compensation
+    rows = []
+    for s in student:
+        prior = torch.zeros_like(s)
+        scores = [
+            attention.w_score @ torch.tanh(attention.w_query @ s + attention.w_key @ z)
+            for z in kdci.prototypes
+        ]
+        shares = probabilities(torch.stack(scores))
+        for share, z, proportion in zip(shares, kdci.prototypes, kdci.proportions, strict=True):
+            prior += share * proportion * z
+        rows.append(s + prior)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def let_half_agree(run: Distillation, images: Tensor) -> None:
+    """Shift the student's bias so that about half of the images get a class of the teacher's."""
+    common = run.teacher(images)[0].argmax()
+    logits = run.student(images)
+    others = logits.index_fill(1, common, -torch.inf).amax(1)
+    margins = (logits[:, common] - others).sort()[0]
+    middle = len(images) // 2
+    bias = run.student.network.fc.bias  # type: ignore[union-attr]
+    assert isinstance(bias, Tensor)
+    bias[common] -= margins[middle - 1 : middle + 1].mean()

@@ -128,7 +128,7 @@ def save_teacher(task: dict[str, Any], network: nn.Module) -> None:
 # --- the whole path -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fast", "dfnd"])
+@pytest.mark.parametrize("method", ["fast", "deepinversion", "dfnd"])
 def test_a_teacher_and_a_student_of_ones_own(
     method: str, task: dict[str, Any], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from by_hand import dot, probabilities
-from tiny_task import CLASSES, make_task, rebuild, tiny_config
+from tiny_task import CLASSES, in_double, make_task, rebuild, tiny_config
 from tiny_task import start as start_run
 from torch import Tensor
 
@@ -36,10 +36,7 @@ def start(task: dict[str, Any], **values: Any) -> tuple[Distillation, CID]:
     run = start_run(task, "cid", **{"kdci": False, **values})
     method = run.method
     assert isinstance(method, CID)
-    for module in (run.teacher, run.deployed, method.transform):
-        module.double()
-    method.sums, method.weights = method.sums.double(), method.weights.double()
-    method.shares = method.shares.double()
+    in_double(run)
     run.deployed.eval()
     return run, method
 

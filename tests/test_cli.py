@@ -12,7 +12,7 @@ import torch
 from tiny_task import METHOD_SETTINGS, make_task
 
 from python_models.cli import main
-from python_models.config import read_settings
+from python_models.config import preset_paths, read_settings, read_yaml
 from python_models.methods import METHODS
 from python_models.networks import build_network
 
@@ -98,6 +98,16 @@ def test_list(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
         "presets": "demo-fashion",
     }
     assert known[kind] in one
+
+
+def test_the_list_of_presets_says_where_each_is_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "presets"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(preset_paths())
+    for name, line in lines.items():
+        described = read_yaml(preset_paths()[name])
+        assert described["source"]
+        assert line.endswith(f"{described['about']} [{described['source']}]")
 
 
 def test_the_list_of_methods_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from python_models.compensation import num_prototypes
 from python_models.config import (
     DistillConfig,
     TaskConfig,
@@ -23,7 +24,7 @@ from python_models.config import (
 )
 from python_models.errors import UserError
 from python_models.methods import METHODS
-from python_models.networks import GENERATORS, NETWORKS
+from python_models.networks import DISCRIMINATORS, GENERATORS, NETWORKS
 from python_models.schedule import learning_rate
 
 
@@ -50,12 +51,57 @@ def test_every_preset_loads_names_its_source_and_what_it_uses_exists(name: str) 
     described = read_yaml(preset_paths()[name])
     assert described["about"]
     assert described["source"]
+    assert {"method", "student"} <= described.keys()
     config = distill_config(preset=name, teacher="x")
     check(config)
     assert config.task.student in NETWORKS
-    assert getattr(config.settings, "generator", "generator_small") in GENERATORS
+    for kind, registry in (("generator", GENERATORS), ("discriminator", DISCRIMINATORS)):
+        if hasattr(config.settings, kind):
+            assert getattr(config.settings, kind) in registry
     for key, value in read_settings(preset_paths()[name]).items():
         assert flatten(config)[key] == value
+
+
+SGD = dict(optimizer="sgd", lr=0.1, momentum=0.9)
+STEPS = dict(SGD, lr=0.05, weight_decay=5e-4, epochs=240, milestones=[0.625, 0.75, 0.875])
+PAPER: dict[str, tuple[int, dict[str, Any]]] = {
+    "dafl-paper": (8, dict(SGD, weight_decay=5e-4, oh=1.0, act=1e-3, ie=20.0)),
+    "fast-paper": (8, dict(SGD, oh=0.4, adv=1.1, bn=10.0, lr_g=1e-3)),
+    "cmi-paper": (32, dict(SGD, bn=1.0, oh=0.5, adv=0.5, cr=0.8, lr_g=1e-3)),
+    "deepinversion-paper": (
+        32,
+        dict(tv_l2=2.5e-5, l2=3e-8, bn=0.1, adi=10.0, g_steps=1000, lr_image=0.05),
+    ),
+    "dfnd-paper": (
+        128,
+        dict(
+            SGD, weight_decay=5e-4, select=600_000, kd_weight=4.0, noise_weight=1.0, temperature=1.0
+        ),
+    ),
+    "mosaickd-paper": (
+        128,
+        dict(SGD, weight_decay=1e-4, select=600_000, select_by="confidence", lr_g=1e-3, lr_d=1e-3),
+    ),
+    # These are of their own papers, CID's weights of its code; KDCI's supplement has none of them.
+    "cid-paper": (128, dict(STEPS, nesterov=True, temperature=4.0, batch_size=64, sr=65.0, cr=1.0)),
+    "kd3-paper": (
+        128,
+        dict(STEPS, nesterov=False, cutoff=0.95, mix=0.01, contrast_temperature=0.3),
+    ),
+    "kd3-paper-mnist": (128, dict(optimizer="adam", lr=1e-3, epochs=40, cutoff=0.95, mix=0.01)),
+}
+"""Each preset's size of the dictionary (KDCI, section 4) and the numbers that the paper prints."""
+
+
+def test_the_papers_presets_hold_the_papers_numbers() -> None:
+    assert PAPER.keys() == {name for name in preset_paths() if "-paper" in name}
+    for name, (prototypes, expected) in PAPER.items():
+        config = distill_config(preset=name)
+        assert config.method == name.split("-")[0]
+        values = flatten(config)
+        assert {key: values[key] for key in expected} == expected
+        assert num_prototypes(config) == prototypes
+        assert values["kdci_hidden_dim"] == 256
 
 
 def test_the_order_of_precedence(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_every_term_of_a_step(form: str, over: str, task: dict[str, Any]) -> Non
     }
     assert set(found) == set(expected)
     for name, value in expected.items():
-        assert found[name].item() == pytest.approx(weights[name] * value, rel=1e-6), name
+        assert found[name].item() == pytest.approx(weights[name] * value, rel=1e-11), name
 
 
 def test_terms_without_weight_are_left_out(task: dict[str, Any]) -> None:

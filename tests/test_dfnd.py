@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import compensated
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_task import CLASSES, make_task
+from tiny_task import CLASSES, in_double, make_task
 from tiny_task import start as start_run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -274,8 +275,7 @@ def test_the_terms_of_a_step_by_hand(
     run = start(task, kdci=kdci, diagonal=0.9, **settings)
     run.prepare()
     method: Any = run.method
-    for module in (run.teacher, run.student, *([run.kdci] if run.kdci is not None else [])):
-        module.double()
+    in_double(run)
     method.theta = nn.Parameter(torch.randn(CLASSES, CLASSES - 1, dtype=torch.float64))
     batch = method.next_batch()
     batch.images = batch.images.double()
@@ -286,19 +286,7 @@ def test_the_terms_of_a_step_by_hand(
         s, theta = run.student(batch.images), method.theta.detach()
         expected = by_hand(s, t, theta, 0.9, weight, temperature)
         if run.kdci is not None:
-            attention, d = run.kdci.compensation, run.kdci
-            prior = torch.zeros_like(s)
-            for b in range(len(s)):
-                scores = torch.stack(
-                    [
-                        attention.w_score
-                        @ torch.tanh(attention.w_query @ s[b] + attention.w_key @ z.double())
-                        for z in d.prototypes
-                    ]
-                )
-                weights = scores.exp() / scores.exp().sum()
-                for share, z, p in zip(weights, d.prototypes, d.proportions, strict=True):
-                    prior[b] += share * z.double() * p.double()
+            prior = compensated(run.kdci, s) - s
             assert prior.abs().max() > 1e-6
             expected["kd"] = by_hand(s + prior, t, theta, 0.9, weight, temperature)["kd"]
     assert found.keys() == expected.keys()

@@ -153,7 +153,7 @@ def test_batch_norm_statistics() -> None:
         assert layer.running_var is not None
         expected += distance(layer.running_mean, mean) + distance(layer.running_var, variance)
     loss = statistics.loss()
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.item() == pytest.approx(expected, rel=1e-11)
     loss.backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
@@ -198,7 +198,7 @@ def test_batch_norm_momentum_averages_over_rounds() -> None:
             assert layer.running_var is not None
             expected += distance(layer.running_mean, mixed_mean)
             expected += distance(layer.running_var, mixed_variance)
-        assert value == pytest.approx(expected, rel=1e-6)
+        assert value == pytest.approx(expected, rel=1e-11)
 
 
 def test_batch_norm_statistics_need_batch_norm() -> None:

@@ -2,17 +2,29 @@
 """Every method runs, with and without KDCI, on what it may open and nothing else."""
 
 import builtins
+import copy
 import csv
 import io
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_task import CLASSES, METHOD_SETTINGS, make_task, rebuild, start, tiny_config
+from tiny_task import (
+    CLASSES,
+    METHOD_SETTINGS,
+    in_double,
+    make_task,
+    rebuild,
+    start,
+    tiny_config,
+)
 from torch import Tensor
 
 import python_models.data.labelled
@@ -21,9 +33,11 @@ from python_models.checkpoint import read_info
 from python_models.config import distill_config
 from python_models.data import to_float
 from python_models.distill import distill
+from python_models.engine import Distillation
 from python_models.errors import DivergenceError, UserError
 from python_models.methods import METHODS
-from python_models.methods.base import Batch, Method
+from python_models.methods.base import Batch, Divergence, Method
+from python_models.methods.kd3 import Views
 from python_models.networks import build_network
 from python_models.teacher import load_network
 
@@ -240,18 +254,99 @@ def test_the_dictionary_of_a_sampling_method_is_built_once_from_all_samples(
     torch.testing.assert_close(features[0], expected)
 
 
-def test_kdci_enters_the_divergence_and_nothing_else(task: dict[str, Any]) -> None:
-    run = start(task, "dafl", temperature=3.0)
-    assert run.kdci is not None
+@pytest.mark.parametrize("kdci", [True, False], ids=["kdci", "vanilla"])
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_the_distillation_term_of_the_first_step_by_hand(
+    method: str, kdci: bool, task: dict[str, Any]
+) -> None:
+    """9 KL_3(T || S), or of S + sum_i lambda_i P(z_i) z_i, in float64, with the teacher in eval and
+    the student in train mode; KD3's student has the perturbed images in its batch.
+    """
+    run = in_double(start(task, method, kdci=kdci, temperature=3.0))
+    run.warmup_rounds = 0
+    run.prepare()
+    student_losses = run.method.student_losses
+    found: list[float] = []
+    expected: list[float] = []
+
+    @torch.no_grad()
+    def logits(batch: Batch) -> Tensor:
+        if not isinstance(batch, Views):
+            student: Tensor = copy.deepcopy(run.student)(batch.images)
+            return student
+        network: Any = copy.deepcopy(run.deployed.network)
+        features = network.feature_map(batch.normalised).mean((2, 3))
+        return network.classifier(features[: len(batch.images)])  # type: ignore[no-any-return]
+
+    def watched(batch: Batch, divergence: Divergence) -> dict[str, Tensor]:
+        s, t = logits(batch), run.teacher(batch.images)
+        expected.append(by_hand.distillation(s, t, 3.0))
+        if run.kdci is not None:
+            expected.append(by_hand.distillation(by_hand.compensated(run.kdci, s), t, 3.0))
+        terms = student_losses(batch, divergence)
+        assert terms["kd"].dtype == torch.float64
+        found.append(terms["kd"].item())
+        return terms
+
+    run.method.student_losses = watched  # type: ignore[method-assign]
     run.advance()
-    student, teacher = torch.randn(12, CLASSES), torch.randn(12, CLASSES)
-    with_kdci = run._divergence(student, teacher)
-    by_hand = losses.kd_divergence(run.kdci(student), teacher, 3.0)
-    torch.testing.assert_close(with_kdci, by_hand)
-    vanilla = start(task, "dafl", temperature=3.0, kdci=False)
-    assert torch.equal(
-        vanilla._divergence(student, teacher), losses.kd_divergence(student, teacher, 3.0)
-    )
+    assert found[0] == pytest.approx(expected[-1], rel=1e-6)
+    if kdci:
+        assert found[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+ABLATIONS: tuple[dict[str, Any], ...] = (
+    {"kdci_attention": "uniform"},
+    {"kdci_attention": "random"},
+    {"kdci_dictionary": "random"},
+    {"kdci_dictionary": "shuffled"},
+    {"kdci_dictionary": "classes"},
+    {"kdci_proportions": "none"},
+    {"kdci_weighting": "posterior"},
+    {"kdci_prototypes": 5},
+)
+
+
+def first_step(run: Distillation) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Make the first student step; return both networks' logits, the prior and the divergence."""
+    seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
+    divergence = run._divergence
+
+    def watched(student: Tensor, teacher: Tensor) -> Tensor:
+        assert run.kdci is not None
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # random attention draws again
+            prior = run.kdci(student) - student
+        value = divergence(student, teacher)
+        seen.append((student.detach(), teacher, prior, value.item()))
+        return value
+
+    run._divergence = watched  # type: ignore[method-assign]
+    run.warmup_rounds = 0
+    run.prepare()
+    run.advance()
+    assert all(map(math.isfinite, run.log.averages().values()))
+    return seen[0]
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_every_ablation_is_an_option_of_every_method(method: str, task: dict[str, Any]) -> None:
+    """From the same logits of student and teacher in the first step, each adds a prior of its own
+    to the student's, and the divergence is that of the sum, not the vanilla one.
+    """
+    settings = ({}, *ABLATIONS)
+    runs = [in_double(start(task, method, kdci=True, **options)) for options in settings]
+    temperature = runs[0].config.training.temperature
+    steps = [first_step(run) for run in runs]
+    for options, (student, teacher, prior, found) in zip(settings, steps, strict=True):
+        assert torch.equal(student, steps[0][0])
+        assert torch.equal(teacher, steps[0][1])
+        expected = losses.kd_divergence(student + prior, teacher, temperature).item()
+        assert found == pytest.approx(expected, rel=1e-9), options
+        vanilla = losses.kd_divergence(student, teacher, temperature).item()
+        assert found != pytest.approx(vanilla, rel=1e-5), options
+    # Fresh networks say much the same of all images, which makes some priors nearly alike.
+    for (*_, one, _), (*_, other, _) in itertools.combinations(steps, 2):
+        assert (one - other).abs().max() > 1e-6 * one.abs().max()
 
 
 def test_kdci_weights_learn_with_the_student(task: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_task import CLASSES, in_double, make_task, resumed, start
+from tiny_task import in_double, make_task, resumed, start
 from torch import Tensor, nn
 
 from python_models.data import to_float
@@ -79,9 +79,7 @@ def test_every_term_of_one_round_and_its_gradients(task: dict[str, Any]) -> None
     assert all(p.grad is None for p in run.student.parameters())
 
 
-def test_the_students_loss_is_that_of_half_generated_half_sampled_images(
-    task: dict[str, Any],
-) -> None:
+def test_half_of_the_students_images_are_generated_half_sampled(task: dict[str, Any]) -> None:
     run = in_double(start(task, "mosaickd", kdci=False, crop=0, flip=False))
     run.prepare()
     method: Any = run.method
@@ -91,17 +89,9 @@ def test_the_students_loss_is_that_of_half_generated_half_sampled_images(
     generator = copy.deepcopy(method.generator).train()
     batch = method.next_batch()
     x = generator(torch.randn(6, 8, generator=stream, dtype=torch.float64))
+    assert len(batch.images) == 12
     torch.testing.assert_close(batch.images[:6], x)
     assert are_among(batch.images[6:], to_float(method.images).double())
-
-    student = copy.deepcopy(run.student).train()
-    t = run._teacher_logits(batch)
-    p, q = run.teacher(batch.images).softmax(1), student(batch.images).softmax(1)
-    found = method.student_losses(batch, run._divergence)
-    assert t.shape == (12, CLASSES)
-    assert set(found) == {"kd"}
-    kl = (p * (p.log() - q.log())).sum() / 12
-    assert found["kd"].item() == pytest.approx(kl.item(), rel=1e-6)
 
 
 def test_sampled_images_are_augmented_for_the_student_alone(task: dict[str, Any]) -> None:

@@ -158,11 +158,13 @@ def start(task: dict[str, Any], method: str, **values: Any) -> Distillation:
 
 
 def in_double(run: Distillation) -> Distillation:
-    """Bring all networks of a run to float64; images and losses follow."""
-    modules = [run.teacher, run.student, *run.method.parts.values()]
-    for module in modules:
-        if isinstance(module, nn.Module):
-            module.double()
+    """Bring a run's networks and its method's tensors to float64; images and losses follow."""
+    held = [run.teacher, run.student, run.deployed, run.kdci, *vars(run.method).values()]
+    for each in held:
+        if isinstance(each, nn.Module):
+            each.double()
+        elif isinstance(each, torch.Tensor) and each.is_floating_point():
+            each.data = each.data.double()
     return run
 
 
