@@ -29,7 +29,6 @@ from python_models.engine import Distillation
 from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.evaluate import accuracies, accuracy
 from python_models.interruption import RoundAbandoned, RoundStart
-from python_models.methods import METHODS
 from python_models.networks import short_name
 from python_models.reporting import (
     Progress,
@@ -43,7 +42,7 @@ from python_models.reporting import (
 )
 from python_models.scalars import NoScalars, Scalars, summary_writer
 from python_models.schedule import check_same_run
-from python_models.teacher import load_network, resolve_device
+from python_models.teacher import load_teacher, resolve_device
 
 PREVIEW_IMAGES = 64
 
@@ -105,15 +104,7 @@ def _distill(config: DistillConfig[Any], world: World) -> RunResult | None:
     if output.tensorboard:
         summary_writer()  # before anything is computed or written
     device = resolve_device(local_device(config.training.device))
-    teacher = load_network(
-        task.teacher,
-        task.teacher_weights,
-        task.dataset,
-        data_root=task.data_root,
-        network_args=task.teacher_args,
-        given=config.input,
-        may_open_train=METHODS.get(config.method).needs_labels,
-    )
+    teacher = load_teacher(config)
     run = Distillation(config, teacher, device, world)
     if not world.is_first:
         return _Session(run, None, None).finish()

@@ -25,7 +25,13 @@ from python_models.checkpoint import (
     resume_checkpoint,
     save_checkpoint,
 )
-from python_models.config import InputConfig, TrainTeacherConfig, flatten, write_yaml
+from python_models.config import (
+    DistillConfig,
+    InputConfig,
+    TrainTeacherConfig,
+    flatten,
+    write_yaml,
+)
 from python_models.data import (
     NORMALISATION,
     LabelledImages,
@@ -37,6 +43,7 @@ from python_models.data import (
 )
 from python_models.errors import Interrupted, UserError, unknown_name
 from python_models.evaluate import accuracy
+from python_models.methods import METHODS
 from python_models.networks import Classifier, build_network, is_spec, names_from, short_name
 from python_models.randomness import Randomness
 from python_models.reporting import LossLog, Progress, RunFolder, write_metrics, write_summary
@@ -82,6 +89,22 @@ def resolve_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={name} cannot be used ({reason}): try --device cpu") from error
     return device
+
+
+def load_teacher(config: DistillConfig[Any]) -> LoadedNetwork:
+    """Load the teacher of a distillation; see `load_network`.
+
+    Raises:
+        UserError: If it cannot be loaded, or what it was made for is not known.
+    """
+    task = config.task
+    return load_network(
+        *(str(task.teacher), task.teacher_weights, task.dataset),
+        data_root=task.data_root,
+        network_args=task.teacher_args,
+        given=config.input,
+        may_open_train=METHODS.get(config.method).needs_labels,
+    )
 
 
 def load_network(

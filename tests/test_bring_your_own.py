@@ -31,6 +31,7 @@ from python_models.errors import UserError
 from python_models.evaluate import accuracy
 from python_models.methods import METHODS
 from python_models.networks import Classifier, build_network, names_from
+from python_models.report import ReportConfig, report
 from python_models.teacher import load_network
 
 SOURCE = '''
@@ -165,6 +166,8 @@ def test_a_teacher_and_a_student_of_ones_own(
     assert (out / "student.safetensors").read_bytes() == weights
     error = error_of(["distill", "--resume", "--out-dir", str(out), "--student-args"], capsys)
     assert "student_args was {'width': 3} and is {} now" in error
+    page = report(ReportConfig(runs=(out,), out_dir=here / "report", device="cpu", images=10))
+    assert not [reason for reason in page.left_out if "teacher" in reason], page.left_out
 
 
 def test_a_teacher_of_ones_own_is_trained_too(

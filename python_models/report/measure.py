@@ -21,10 +21,10 @@ from python_models.config import ReportConfig, distill_config
 from python_models.data import LabelledData, dataset_spec, load_labelled, to_float, to_uint8
 from python_models.engine import Distillation
 from python_models.errors import UserError
-from python_models.methods import METHODS, Method
+from python_models.methods import Method
 from python_models.networks import Classifier
 from python_models.report.collect import Run, Task
-from python_models.teacher import LoadedNetwork, load_network, resolve_device
+from python_models.teacher import LoadedNetwork, load_network, load_teacher, resolve_device
 
 BATCH = 500
 """Images in a forward pass."""
@@ -268,20 +268,15 @@ class Measurer:
     def _restore(self, run: Run, state: Mapping[str, Any]) -> tuple[Method[Any], LoadedNetwork]:
         values: dict[str, Any] = {"device": self.config.device}
         if self.config.teacher is not None:
-            values |= {"teacher": self.config.teacher, "teacher_weights": None}
+            values |= {"teacher": self.config.teacher, "teacher_weights": None, "teacher_args": {}}
         if self.config.data_root is not None:
             values["data_root"] = self.config.data_root
         config = distill_config(config=run.folder.config, **values)
-        task = config.task
-        teacher = load_network(
-            *(str(task.teacher), task.teacher_weights, task.dataset),
-            data_root=task.data_root,
-            may_open_train=METHODS.get(config.method).needs_labels,
-        )
+        teacher = load_teacher(config)
         if fingerprint(teacher.classifier) != state["teacher"]:
             raise UserError(
-                f"teacher={task.teacher} has other weights than the run's teacher had: give that "
-                "one as --teacher"
+                f"teacher={config.task.teacher} has other weights than the run's teacher had: give "
+                "that one as --teacher"
             )
         method = Distillation(config, teacher, self.device).method
         method.load_state_dict(state["method"])
