@@ -22,6 +22,7 @@ from python_models.config import StudyConfig, flatten, study_paths
 from python_models.errors import UserError
 from python_models.study import StudyResult, load_study, paired_difference, run_study
 from python_models.study.folder import StudyFolder
+from python_models.study.run import _download
 from python_models.study.table import markdown, results, table
 
 VARIANTS = {"vanilla": {"kdci": False}, "kdci": {"kdci": True, "kdci_prototypes": 3}}
@@ -268,6 +269,37 @@ def test_a_study_runs_every_cell_and_writes_its_results(
     assert kdci.difference is not None
     expected = np.mean(kdci.accuracies) - np.mean(vanilla.accuracies)
     assert kdci.difference.mean == pytest.approx(expected)
+
+
+def test_what_a_study_needs_is_downloaded_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test images of the task, other images by their names, the task's own training images for the
+    teacher and for what learns from labels; no training images of a task for a data-free method.
+    """
+    wanted: set[tuple[str, str]] = set()
+    monkeypatch.setattr(
+        "python_models.study.run.load_labelled",
+        lambda name, split, root, download: wanted.add((name, split)) or download,
+    )
+    methods = {
+        "sampled": {"method": "dfnd", "unlabelled": "svhn"},
+        "pooled": {"method": "fast", "initial_pool": "mnist"},
+        "labelled": {"method": "cid", "dataset": "cifar100"},
+        "of a folder": {"method": "dfnd", "unlabelled": "photos"},
+    }
+    path = write_study(
+        tmp_path,
+        settings={"teacher": "somewhere", "dataset": "cifar10", "device": "cpu"},
+        methods={name.replace(" ", "-"): values for name, values in methods.items()},
+        teachers={},
+    )
+    config = config_of(path)
+    _download(StudyFolder(load_study(str(path)), config), config.data_root)
+    assert wanted == {
+        *(("cifar10", "test"), ("svhn", "train"), ("mnist", "train")),
+        *(("cifar100", "train"), ("cifar100", "test")),
+    }
 
 
 def test_what_is_done_is_not_done_again(

@@ -10,6 +10,7 @@ from pathlib import Path
 from python_models.config import DistillConfig, StudyConfig, flatten
 from python_models.data import DATASETS, MissingDataError, load_labelled
 from python_models.errors import Interrupted, UserError
+from python_models.methods import METHODS
 from python_models.processes import cores, run_beside
 from python_models.study.folder import Job, StudyFolder
 from python_models.study.plan import load_study
@@ -105,10 +106,14 @@ def _forget_failures(folder: StudyFolder) -> None:
 def _download(folder: StudyFolder, data_root: Path) -> None:
     wanted: dict[tuple[str, str], None] = {}
     for job in folder.jobs:
-        task = job.config.task if isinstance(job.config, DistillConfig) else job.config
-        sources = [(task.dataset, "train"), (task.dataset, "test")]
         if isinstance(job.config, DistillConfig):
-            sources = [(task.dataset, "test"), (job.config.task.unlabelled, "train")]
+            task = job.config.task
+            images = [task.unlabelled, getattr(job.config.settings, "initial_pool", None)]
+            if METHODS.get(job.config.method).needs_labels:
+                images.append(task.dataset)
+            sources = [(task.dataset, "test"), *((name, "train") for name in images)]
+        else:
+            sources = [(job.config.dataset, "train"), (job.config.dataset, "test")]
         wanted.update({(str(n), split): None for n, split in sources if n in DATASETS})
     for name, split in wanted:
         try:
