@@ -85,7 +85,8 @@ def study_table(rows: Sequence[Mapping[str, str]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in dict.fromkeys(row["entry"] for row in rows):
-        seeds = [row["seed"] for row in rows if (row["entry"], row["variant"]) == (entry, other)]
+        of_other = [row["seed"] for row in rows if (row["entry"], row["variant"]) == (entry, other)]
+        seeds = [seed for seed in of_other if (entry, baseline, seed) in found]
         alone = [found[entry, baseline, seed] for seed in seeds]
         paired = paired_difference(
             [found[entry, other, seed] - found[entry, baseline, seed] for seed in seeds]
