@@ -49,7 +49,8 @@ def write_plots(folder: StudyFolder, lines: Sequence[Line]) -> list[Path]:
         for name, (column, label) in CURVES.items():
             found = mean_curves(folder, column)
             if found:
-                figures[name] = by_epoch(found, colors, f"{label}, mean over seeds")
+                label = f"{label}, mean over seeds"
+                figures[name] = by_epoch(found, colors, label, has_zero=column != "accuracy")
         pngs = {folder.path / name: to_png(figure) for name, figure in figures.items()}
     for path, png in pngs.items():
         write_atomically(path, functools.partial(Path.write_bytes, data=png))
@@ -138,8 +139,8 @@ def mean_curves(folder: StudyFolder, column: str) -> dict[tuple[str, str], list[
     }
 
 
-def by_epoch(curves: Curves, colors: Mapping[str, str], label: str) -> Figure:
-    """Draw a column's mean over epochs, a panel an entry, a line a variant."""
+def by_epoch(curves: Curves, colors: Mapping[str, str], label: str, *, has_zero: bool) -> Figure:
+    """Draw a column's mean over epochs, a panel an entry, a line a variant; with zero, or not."""
     entries = list(dict.fromkeys(entry for entry, _ in curves))
     figure, panels = panels_of(len(entries))
     for axes, entry in zip(panels, entries, strict=True):
@@ -147,6 +148,8 @@ def by_epoch(curves: Curves, colors: Mapping[str, str], label: str) -> Figure:
             if owner == entry and points:
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, "o-", color=colors[variant], label=variant, markersize=2)
+        if has_zero:
+            axes.set_ylim(bottom=0)
         _finish(axes, entry)
     panels[0].set_ylabel(label)
     return figure
