@@ -50,6 +50,23 @@ def watch_updates(run: Distillation) -> list[Tensor]:
     return features
 
 
+def stopped_between(task: dict[str, Any], method: str) -> tuple[Distillation, Distillation]:
+    """Return a run after 6 steps, and one that stopped after 3 and went on to bitwise the same."""
+    whole = start(task, method)
+    whole.prepare()
+    while whole.step < 3:
+        whole.advance()
+    again = resumed(whole, start(task, method))
+    weights = []
+    for run in (whole, again):
+        while run.step < 6:
+            run.advance()
+        assert run.kdci is not None
+        weights.append({**run.student.state_dict(), **run.kdci.state_dict()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return whole, again
+
+
 @pytest.mark.parametrize("method", ["dafl", "fast"])
 def test_a_generators_dictionary_is_the_other_models_logits_of_the_same_images(
     method: str, task: dict[str, Any]
@@ -142,21 +159,7 @@ def test_with_fixed_attention_the_mapping_is_all_that_kdci_learns(
 
 @pytest.mark.parametrize("method", ["dafl", "mosaickd"])
 def test_such_a_run_goes_on_alike(method: str, task: dict[str, Any]) -> None:
-    whole = start(task, method)
-    whole.prepare()
-    while whole.step < 3:
-        whole.advance()
-    again = resumed(whole, start(task, method))
-    for run in (whole, again):
-        while run.step < 6:
-            run.advance()
-    assert whole.kdci is not None
-    assert again.kdci is not None
-    one, other = (
-        {**run.student.state_dict(), **run.kdci.state_dict()}  # type: ignore[union-attr]
-        for run in (whole, again)
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    stopped_between(task, method)
 
 
 def test_a_whole_run_reports_the_mapped_compensation(task: dict[str, Any], tmp_path: Path) -> None:
@@ -281,19 +284,9 @@ def test_own_options_are_runs_that_stop_and_go_on(
     method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     task = {**make_task(tmp_path), **options}
-    whole = start(task, method)
-    whole.prepare()
-    while whole.step < 3:
-        whole.advance()
-    again = resumed(whole, start(task, method))
-    for run in (whole, again):
-        while run.step < 6:
-            run.advance()
-        assert run.compensation is not None
+    whole, again = stopped_between(task, method)
     assert whole.compensation is not None
     assert again.compensation is not None
-    one, other = ({**run.student.state_dict(), **run.kdci.state_dict()} for run in (whole, again))  # type: ignore[union-attr]
-    assert all(torch.equal(one[name], other[name]) for name in one)
     health = whole.compensation.health()
     assert health == again.compensation.health()
     assert 1 <= health["attention_prototypes"] <= 3 + 1e-5
