@@ -271,6 +271,21 @@ def test_a_study_runs_every_cell_and_writes_its_results(
     assert kdci.difference.mean == pytest.approx(expected)
 
 
+def test_runs_of_versions_that_did_not_record_the_prior_are_left_out_of_its_table(
+    tmp_path: Path,
+) -> None:
+    config = config_of(write_study(tmp_path, seeds=[0]))
+    result = run_study(config)
+    assert "attended to" in result.text
+    metrics = tmp_path / "out" / "runs" / "noise" / "kdci-seed0" / "metrics.csv"
+    header, *rows = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([header.replace("attention_prototypes", "other"), *rows]) + "\n")
+    again = run_study(config)
+    assert not again.problems
+    assert "attended to" not in again.text
+    assert again.lines == result.lines
+
+
 def test_what_a_study_needs_is_downloaded_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,10 +191,13 @@ def prior_table(folder: StudyFolder) -> str:
     """
     of_variant: dict[tuple[str, str, int], list[Row]] = {}
     for row in health(folder):
+        if any(row[sign] is None for sign in SIGNS):
+            continue  # of a version that did not record it
         of_variant.setdefault((row["entry"], row["variant"], row["prototypes"]), []).append(row)
     body = []
     for (entry, variant, prototypes), rows in of_variant.items():
-        ends = [[row for row in rows if row["epoch"] == end] for end in _ends(rows)]
+        epochs = [row["epoch"] for row in rows]
+        ends = [[row for row in rows if row["epoch"] == e] for e in (min(epochs), max(epochs))]
 
         def mean(sign: str, rows: Sequence[Row]) -> float:
             return statistics.fmean(row[sign] for row in rows)
@@ -224,12 +227,6 @@ def prior_table(folder: StudyFolder) -> str:
             "over (exp of their entropies). Means over seeds.",
         ]
     )
-
-
-def _ends(rows: Sequence[Row]) -> list[int]:
-    """Return the first and the last epoch that has all signs."""
-    epochs = [row["epoch"] for row in rows if all(row[sign] is not None for sign in SIGNS)]
-    return [min(epochs), max(epochs)]
 
 
 def write_results(folder: StudyFolder) -> None:
