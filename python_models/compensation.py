@@ -71,6 +71,13 @@ class Compensation:
         self._fingerprint = (
             None if self.dictionary_model is None else fingerprint(self.dictionary_model)
         )
+        width = info.num_classes if other is None else other.info.num_classes
+        components = settings.kdci_components
+        if components is not None and components > width:
+            raise UserError(
+                f"kdci_components={components} must be <= the {width} classes of the logits that "
+                "the dictionary is made of"
+            )
         with randomness.initialising("kdci"):
             self.kdci = kdci_ext.KDCI(
                 info.num_classes,
@@ -84,7 +91,8 @@ class Compensation:
                 projection=settings.kdci_projection,
                 prototypes=settings.kdci_dictionary,
                 proportions=settings.kdci_proportions,
-                dictionary_dim=None if other is None else other.info.num_classes,
+                dictionary_dim=None if other is None else width,
+                pca_components=components or "auto",
             ).to(device)
         # Features of the last batches, where the dictionary is made from several.
         self._recent: deque[Tensor] = deque(maxlen=settings.kdci_batches)

@@ -130,6 +130,9 @@ class CompensationConfig:
     """Train with KDCI."""
     kdci_prototypes: int | None = None
     """Size of the dictionary; by default 8 for generators, 32 for inversion, 128 for sampling."""
+    kdci_components: int | None = None
+    """Principal components in which its rows are clustered; by default one less than prototypes,
+    and at most the classes."""
     kdci_hidden_dim: int = 256
     """Width of the attention."""
     kdci_weighting: Literal["paper", "posterior"] = "paper"
@@ -630,7 +633,7 @@ def check(config: DistillConfig[Any]) -> None:
             f"kd_steps={training.kd_steps} must be <= ep_steps={training.ep_steps}: an epoch holds "
             "whole rounds"
         )
-    for name in ("kdci_prototypes", "kdci_batches"):
+    for name in ("kdci_prototypes", "kdci_components", "kdci_batches"):
         count = getattr(compensation, name)
         if count is not None and count < 1:
             raise UserError(f"{name}={count} must be >= 1")

@@ -11,6 +11,7 @@ import torch
 from tiny_task import make_task, resumed, start
 from torch import Tensor
 
+import kdci_ext
 from python_models.checkpoint import NetworkInfo, export_network, read_weights, save_checkpoint
 from python_models.config import check, distill_config
 from python_models.data import to_float
@@ -266,6 +267,37 @@ def test_kdcis_weights_may_learn_at_a_rate_of_their_own(optimizer: str, tmp_path
         assert float(step.abs().sum()) > 0
 
 
+def test_components_are_those_that_the_dictionary_is_clustered_in(tmp_path: Path) -> None:
+    """The run's dictionary is that of the library for as many components, and no other."""
+    run = start({**make_task(tmp_path), "kdci_components": 1}, "dafl")
+    assert run.kdci is not None
+    made: list[tuple[Tensor, torch.Generator]] = []
+    original = run.kdci.update
+
+    def update(rows: Tensor, generator: torch.Generator, **options: Any) -> Any:
+        made.append((rows, generator.clone_state()))
+        return original(rows, generator, **options)
+
+    run.kdci.update = update  # type: ignore[method-assign, assignment]
+    run.prepare()
+    run.advance()
+    rows, generator = made[-1]
+    by_hand = {
+        q: kdci_ext.build_confounder_dictionary(rows, 3, q, generator=generator.clone_state())
+        for q in (1, 2)
+    }
+    assert torch.equal(run.kdci.prototypes, by_hand[1].prototypes)
+    assert not torch.equal(run.kdci.prototypes, by_hand[2].prototypes)
+
+
+def test_more_components_than_classes_are_refused(task: dict[str, Any], tmp_path: Path) -> None:
+    """The classes are those of the network that makes the dictionary's logits."""
+    for values, classes in ((make_task(tmp_path), 4), (task, OTHER_CLASSES)):
+        start(values, "dafl", kdci_components=classes)
+        with pytest.raises(UserError, match=f"kdci_components={classes + 1} must be <= the"):
+            start(values, "dafl", kdci_components=classes + 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -297,6 +329,7 @@ def test_own_options_are_runs_that_stop_and_go_on(
     ("name", "value"),
     [
         ("kdci_batches", 0),
+        ("kdci_components", 0),
         ("kdci_attention_temperature", 0.0),
         ("kdci_init_gain", -1.0),
         ("kdci_lr_factor", float("inf")),
