@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import secrets
 import signal
 import struct
 import sys
@@ -40,7 +41,7 @@ def write_atomically(
     Raises:
         UserError: If the disk is full or the folder cannot be written; the old file is kept.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -24,7 +24,7 @@ def run_beside(
 ) -> list[str]:
     """Run Python modules in processes of their own and wait for them.
 
-    Each gets its share of the cores as threads. Ctrl-C or SIGTERM is passed on to them once, so
+    Each gets the cores divided by `jobs` as threads, however few they are. Ctrl-C or SIGTERM is passed on to them once, so
     that they can save and end by themselves; a second one as well. Where one fails, those that have
     not begun are left out.
 

@@ -4,10 +4,12 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,19 @@ import pytest
 import yaml
 from tiny_task import METHOD_SETTINGS, make_task
 
+from python_models import processes
 from python_models.cli import main
 from python_models.config import StudyConfig, flatten, study_paths
 from python_models.errors import UserError
-from python_models.study import StudyResult, load_study, paired_difference, run_study
-from python_models.study.folder import StudyFolder
+from python_models.study import (
+    StudyResult,
+    load_study,
+    paired_difference,
+    run,
+    run_study,
+    worker,
+)
+from python_models.study.folder import Job, StudyFolder, write_json
 from python_models.study.run import _download
 from python_models.study.table import markdown, results, table
 
@@ -62,6 +72,21 @@ def config_of(path: Path, out: str = "out", **values: Any) -> StudyConfig:
         data_root=path.parent / "data",
         **{"jobs": 1, **values},
     )
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the worker of `run_study` be this process, which has imported torch already; its runs
+    are made in children all the same.
+    """
+
+    def work(commands: Mapping[str, Sequence[str]], jobs: int, shows: object) -> list[str]:
+        return [name for name, words in commands.items() if worker.main(words[1:])]
+
+    monkeypatch.setattr(run, "run_beside", work)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def begun(folder: Path) -> dict[str, int]:
@@ -271,6 +296,7 @@ def test_a_study_runs_every_cell_and_writes_its_results(
     assert kdci.difference.mean == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_runs_of_versions_that_did_not_record_the_prior_are_left_out_of_its_table(
     tmp_path: Path,
 ) -> None:
@@ -399,6 +425,7 @@ def test_a_job_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
         assert again
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_failing_run_does_not_stop_the_others_and_is_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -424,6 +451,75 @@ def test_a_failing_run_does_not_stop_the_others_and_is_tried_again(
     assert [row.split(",")[3] for row in rows] == ["vanilla", "kdci"]
     record = tmp_path / "out" / "runs/broken/vanilla-seed0/failed.json"
     assert "nowhere" in json.loads(record.read_text())["reason"]
+
+
+def test_threads_follow_the_jobs_not_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that goes on with one run left gives it as many threads as before: other threads
+    would give other bits.
+    """
+    started: list[str] = []
+    start = processes._start
+
+    def recorded(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        started.append(environment["OMP_NUM_THREADS"])
+        return start(["timeit", "-n1", "-r1"], environment)  # does nothing, and says so
+
+    monkeypatch.setattr(processes, "_start", recorded)
+    monkeypatch.setattr(processes, "cores", lambda: 12)
+    monkeypatch.setattr(run, "_conclude", lambda folder, failed: None)
+    config = config_of(write_study(tmp_path), jobs=3)
+    run_study(config)
+    assert started == ["4", "4", "4"]
+    _, *others = StudyFolder(load_study(config.study), config).jobs
+    for job in others:
+        write_json(job.folder.summary, {"accuracy": 50.0})
+    run_study(config)
+    assert started == ["4", "4", "4", "4"]
+
+
+EXITS = {
+    "sys": ("raise SystemExit('no licence')", "SystemExit: no licence; see .*log.txt"),
+    "code": ("import os; os._exit(7)", "its process ended with 7; see .*log.txt"),
+    "nothing": ("import os; os._exit(0)", "its process ended with 0; see .*log.txt"),
+    "signal": ("import os; os.kill(os.getpid(), 9)", "its process was ended by SIGKILL; see"),
+}
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("kind", EXITS)
+def test_a_run_whose_process_ends_without_a_word_has_failed(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a student's factory ends the process, the run is named and not tried for ever."""
+    statement, reason = EXITS[kind]
+    (tmp_path / "leaving.py").write_text(
+        f"def network(num_classes, in_channels):\n    {statement}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"], "student": "leaving:network"}
+    variants = {"vanilla": {"kdci": False}}
+    path = write_study(tmp_path, methods={"noise": noise}, seeds=[0], variants=variants)
+    (problem,) = run_study(config_of(path)).problems
+    assert re.fullmatch(rf"noise vanilla seed 0: {reason}.*", problem)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_worker_that_cannot_record_a_failure_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(write_study(tmp_path, seeds=[0]))
+    folder = StudyFolder(load_study(config.study), config)
+
+    def full(*_: object) -> None:
+        raise UserError("cannot write: no space left on device")
+
+    monkeypatch.setattr(Job, "record_failure", full)
+    monkeypatch.setattr(worker, "train", lambda job: sys.exit(3))
+    with pytest.raises(UserError, match="no space left"):
+        worker.Worker(folder).work()
+    assert not list((tmp_path / "out").rglob("failed.json"))
 
 
 def test_runs_of_other_settings_are_refused_not_mixed(

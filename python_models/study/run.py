@@ -68,12 +68,13 @@ def run_study(config: StudyConfig) -> StudyResult:
     print(f"study {study.name}: {len(folder.jobs)} to train, {done} done, in {folder.path}")
     failed: list[str] = []
     if left:
-        jobs = min(jobs, len(left))
         arguments = json.dumps(flatten(config))
         commands = {
-            f"worker {i + 1}": ["python_models.study.worker", arguments] for i in range(jobs)
+            f"worker {i + 1}": ["python_models.study.worker", arguments]
+            for i in range(min(jobs, len(left)))
         }
         try:
+            # By all `jobs`: a run's threads, and with them its bits, do not depend on what is left.
             failed = run_beside(commands, jobs, lambda _: True)
         except KeyboardInterrupt as stop:
             write_results(folder)

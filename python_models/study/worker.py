@@ -116,9 +116,10 @@ class Worker:
         self._check_stopped()
         if code == STOPPED:
             raise Stopped
-        if code < 0:
-            name = signal.Signals(-code).name
-            job.record_failure(f"its process was ended by {name}; see {job.path / 'log.txt'}")
+        if not job.is_done and job.failure is None:
+            # Without a record it would be tried for ever; where none can be written, this raises.
+            end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            job.record_failure(f"its process {end}; see {job.path / 'log.txt'}")
 
 
 def _train(job: Job) -> NoReturn:
@@ -126,27 +127,32 @@ def _train(job: Job) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code = 1
     try:
+        code = _exit_code(job)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # in no case may a child go on as a worker
+        os._exit(code)
+
+
+def _exit_code(job: Job) -> int:
+    """Train a job with its output in a file, and record why where it fails."""
+    try:
         log = os.open(job.path / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        try:
-            train(job)
-            code = 0
-        except Interrupted as stop:
+        train(job)
+        return 0
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Interrupted):
             print(stop)
-            code = STOPPED
-        except KeyboardInterrupt:
-            code = STOPPED
-        except (ValueError, FileNotFoundError, DivergenceError) as error:
-            print(f"error: {error}")
-            job.record_failure(str(error))
-        except Exception as error:
-            traceback.print_exc()
-            job.record_failure(f"{type(error).__name__}: {error}; see {job.path / 'log.txt'}")
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return STOPPED
+    except (ValueError, FileNotFoundError, DivergenceError) as error:
+        print(f"error: {error}")
+        job.record_failure(str(error))
+    except BaseException as error:  # SystemExit too, from a module of the user's
+        traceback.print_exc()
+        job.record_failure(f"{type(error).__name__}: {error}; see {job.path / 'log.txt'}")
+    return 1
 
 
 def train(job: Job) -> None:
