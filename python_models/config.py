@@ -472,18 +472,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
+                line = f"{path}: line {key.start_mark.line + 1}"
+                if not isinstance(key, yaml.ScalarNode):
+                    raise UserError(f"{line}: a name must be text, not a list or a mapping")
                 if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise UserError(f"{path}: line {line}: {key.value!r} is given twice")
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
+                    raise UserError(f"{line}: {key.value!r} is given twice")
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UserError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that there is not, too
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a YAML file: {reason}") from error
     if values is None:

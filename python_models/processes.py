@@ -24,9 +24,9 @@ def run_beside(
 ) -> list[str]:
     """Run Python modules in processes of their own and wait for them.
 
-    Each gets the cores divided by `jobs` as threads, however few they are. Ctrl-C or SIGTERM is passed on to them once, so
-    that they can save and end by themselves; a second one as well. Where one fails, those that have
-    not begun are left out.
+    Each gets the cores divided by `jobs` as threads, however few they are. Ctrl-C or SIGTERM is
+    passed on to them once, so that they can save and end by themselves; a second one as well. Where
+    one fails, those that have not begun are left out.
 
     Args:
         commands: By name, a module for ``python -m`` and its arguments.

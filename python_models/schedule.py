@@ -21,6 +21,8 @@ MAY_CHANGE = frozenset(
 )
 """Settings that may differ when a run is resumed. The teacher's file may lie elsewhere: whether it
 is the same teacher, the checkpoint tells by its weights."""
+MAY_MOVE = frozenset({"kdci_dictionary_teacher", "kdci_dictionary_weights"})
+"""Likewise where they were given before and are given now."""
 
 
 def learning_rate(
@@ -68,7 +70,9 @@ def differing_settings(settings: Mapping[str, Any], saved: Path) -> list[str]:
     return [
         f"{name} was {before[name]!r} and is {value!r} now"
         for name, value in settings.items()
-        if name not in MAY_CHANGE and before[name] != value
+        if name not in MAY_CHANGE
+        and before[name] != value
+        and (name not in MAY_MOVE or None in (before[name], value))
     ]
 
 

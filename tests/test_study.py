@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,18 +23,22 @@ from tiny_task import METHOD_SETTINGS, make_task
 from python_models import processes
 from python_models.cli import main
 from python_models.config import StudyConfig, flatten, study_paths
+from python_models.data import MissingDataError
 from python_models.errors import UserError
 from python_models.study import (
     StudyResult,
     load_study,
     paired_difference,
+    plan,
     run,
     run_study,
     worker,
 )
-from python_models.study.folder import Job, StudyFolder, write_json
-from python_models.study.run import _download
-from python_models.study.table import markdown, results, table
+from python_models.study.folder import Job, StudyFolder
+from python_models.study.markdown import accuracy_table, comparison_table
+from python_models.study.records import locked, write_json
+from python_models.study.results import results
+from python_models.study.table import accuracies_of, comparisons, table
 
 VARIANTS = {"vanilla": {"kdci": False}, "kdci": {"kdci": True, "kdci_prototypes": 3}}
 
@@ -76,14 +81,15 @@ def config_of(path: Path, out: str = "out", **values: Any) -> StudyConfig:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the worker of `run_study` be this process, which has imported torch already; its runs
-    are made in children all the same.
+    """Let the worker of `run_study` be this process, which has imported torch already, and draw
+    nothing; the runs are made in children all the same.
     """
 
     def work(commands: Mapping[str, Sequence[str]], jobs: int, shows: object) -> list[str]:
         return [name for name, words in commands.items() if worker.main(words[1:])]
 
     monkeypatch.setattr(run, "run_beside", work)
+    monkeypatch.setattr(run, "write_plots", lambda *_: [])
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -151,19 +157,25 @@ def test_a_method_may_be_kept_to_some_of_the_seeds(tmp_path: Path) -> None:
             load_study(str(path))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_study_may_be_kept_to_some_of_its_seeds(tmp_path: Path) -> None:
+    """Only these are run; the results are of the whole study, whatever seeds a call works on."""
     path = write_study(tmp_path)
-    whole, part = load_study(str(path)), load_study(str(path), [1])
-    assert [cell.path for cell in part.cells] == [c.path for c in whole.cells if c.seed == 1]
     result = run_study(config_of(path, seeds=(1,)))
     assert not result.problems
-    assert [line.planned for line in result.lines] == [1, 1]
-    for wrong in ([2], [0, 5], []):
-        with pytest.raises(UserError, match=r"must be some of those of .*tiny.yaml: 0, 1"):
-            load_study(str(path), wrong)
-    # What is done counts for the whole study.
-    assert not run_study(config_of(path)).problems
-    assert set(begun(tmp_path / "out").values()) == {1}
+    assert [(line.planned, len(line.accuracies)) for line in result.lines] == [(2, 1), (2, 1)]
+    assert "1 of 2" in result.text
+    assert not (tmp_path / "out" / "runs" / "noise" / "kdci-seed0").exists()
+    whole = run_study(config_of(path))
+    assert not whole.problems
+    files = [tmp_path / "out" / name for name in ("results.csv", "health.csv", "table.md")]
+    before = [file.read_bytes() for file in files]
+    again = run_study(config_of(path, seeds=(0,)))
+    assert again.lines == whole.lines
+    assert [file.read_bytes() for file in files] == before
+    for wrong in ((2,), (0, 5), ()):
+        with pytest.raises(UserError, match=r"must be some of those of the study tiny: 0, 1"):
+            run_study(config_of(path, seeds=wrong))
 
 
 def test_the_later_of_settings_task_method_and_variant_wins(tmp_path: Path) -> None:
@@ -204,6 +216,7 @@ BROKEN = {
     ),
     "seeds": ({"seeds": [0, 0]}, "seeds: names a seed twice"),
     "seed": ({"seeds": [True]}, "seeds: True must be a whole number"),
+    "large seed": ({"seeds": [2**70]}, r"seeds: \d+ must be a whole number from 0 to 2\*\*63 - 1"),
     "no seeds": ({"seeds": 3}, "seeds: must be a list"),
     "name": ({"methods": {"a/b": {"method": "fast"}}}, "methods: the name 'a/b' must be"),
     "case": (
@@ -231,6 +244,46 @@ BROKEN = {
         {"teachers": {"t": {"dataset": "digits", "lrr": 1}}},
         "teachers: t: unknown setting 'lrr'",
     ),
+    "teacher network": (
+        {"teachers": {"t": {"dataset": "digits", "network": "lenet6"}}},
+        "teachers: t: unknown network 'lenet6'",
+    ),
+    "teacher seed": (
+        {"teachers": {"t": {"dataset": "digits", "network": "lenet5", "seed": -1}}},
+        "teachers: t: seed: -1 must be a whole number",
+    ),
+    "teacher name": (
+        {"settings": {"teacher": "owm"}},
+        "noise vanilla: teacher: unknown teacher 'owm': did you mean 'own'",
+    ),
+    "dictionary teacher": (
+        {"variants": {"a": {"teacher": "own", "kdci_dictionary_teacher": "onw"}}},
+        "noise a: kdci_dictionary_teacher: unknown teacher 'onw': did you mean 'own'",
+    ),
+    "number as preset": (
+        {"methods": {"m": {"preset": 3}}},
+        "methods: m: preset=3 must be the name",
+    ),
+    "list as method": (
+        {"methods": {"m": {"method": ["fast"]}}},
+        r"methods: m: method=\['fast'\] must be the name",
+    ),
+    "list as variant": (
+        {"methods": {"m": {"method": "fast", "variants": [["v"]]}}},
+        "methods: m: unknown variant",
+    ),
+    "twice": (
+        {"settings": {"kd_steps": 1, "kd-steps": 2}},
+        "settings: kd_steps is given twice, with - and with _",
+    ),
+    "not a list of pairs": ({"compare": {"a": "b"}}, "compare: must be a list of pairs"),
+    "pair": ({"compare": [["kdci"]]}, r"compare: \['kdci'\] must be two variants"),
+    "pair of one": ({"compare": [["kdci", "kdci"]]}, "compare: .* must be two variants"),
+    "variant of a pair": (
+        {"compare": [["kdci", "vanila"]]},
+        "compare: unknown variant 'vanila': did you mean 'vanilla'",
+    ),
+    "no mapping": ({"tasks": 0}, "tasks: must hold lines of the form"),
     "list": ({"methods": ["fast"]}, "methods: must hold lines of the form"),
     "nothing": ({"methods": {}}, "methods: must name at least one"),
 }
@@ -252,12 +305,42 @@ def test_a_name_given_twice_and_missing_files(
     path.write_text("seeds: [0]\nmethods:\n  a: {method: fast}\n  a: {method: dafl}\n")
     with pytest.raises(UserError, match="line 4: 'a' is given twice"):
         load_study(str(path))
+    path.write_text("seeds: [0]\n? [a, b]\n: 3\n")
+    with pytest.raises(UserError, match=r"twice.yaml: line 2: a name must be text, not a list"):
+        load_study(str(path))
+    path.write_text("seeds: [2020-13-01]\n")
+    with pytest.raises(UserError, match=r"twice.yaml is not a YAML file: month must be"):
+        load_study(str(path))
     assert main(["study", "mimi"]) == 2
     assert "unknown study 'mimi': did you mean 'mini'" in capsys.readouterr().err
     assert main(["study", str(tmp_path / "gone.yaml")]) == 2
     assert "gone.yaml is not there" in capsys.readouterr().err
     assert main(["list", "studies"]) == 0
     assert "lenet-mnist" in capsys.readouterr().out
+
+
+def test_the_documented_example_is_a_study(tmp_path: Path) -> None:
+    block = re.search(r"::\n\n(.*?)\n(?=\S)", plan.__doc__ or "", re.S)
+    assert block is not None
+    path = tmp_path / "example.yaml"
+    path.write_text(textwrap.dedent(block[1]))
+    study = load_study(str(path))
+    assert set(study.entries) == {
+        f"{task}/{m}" for task in ("half", "same") for m in ("fast", "dafl")
+    }
+    assert study.comparisons == (("kdci", "shuffled"),)
+    used = {name for cell in study.cells for name in study.own_teachers(cell).values()}
+    assert used == set(study.teachers)
+
+
+def test_a_teacher_may_be_a_network_a_file_or_of_the_study(tmp_path: Path) -> None:
+    """Only a bare name that is none of these is an error when the file is read."""
+    (tmp_path / "there").mkdir()
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"]}
+    names = ("own", "resnet18", "mine:Network", "to/come", "come.safetensors", str(tmp_path))
+    for name in names:
+        load_study(str(write_study(tmp_path, methods={"m": {**noise, "teacher": name}})))
+    load_study(str(write_study(tmp_path, settings={"teacher": "come"}, teachers={})))
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -313,16 +396,23 @@ def test_runs_of_versions_that_did_not_record_the_prior_are_left_out_of_its_tabl
 
 
 def test_what_a_study_needs_is_downloaded_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Test images of the task, other images by their names, the task's own training images for the
     teacher and for what learns from labels; no training images of a task for a data-free method.
     """
     wanted: set[tuple[str, str]] = set()
-    monkeypatch.setattr(
-        "python_models.study.run.load_labelled",
-        lambda name, split, root, download: wanted.add((name, split)) or download,
-    )
+    tried: list[str] = []
+
+    def load(name: str, split: str, root: Path, download: bool) -> None:
+        wanted.add((name, split))
+        if name == "svhn":
+            tried.append(f"{download}")
+            with locked(root / "download.lock") as is_free:
+                assert is_free != download
+            raise MissingDataError("svhn has no downloader")
+
+    monkeypatch.setattr(run, "load_labelled", load)
     methods = {
         "sampled": {"method": "dfnd", "unlabelled": "svhn"},
         "pooled": {"method": "fast", "initial_pool": "mnist"},
@@ -336,11 +426,15 @@ def test_what_a_study_needs_is_downloaded_first(
         teachers={},
     )
     config = config_of(path)
-    _download(StudyFolder(load_study(str(path)), config), config.data_root)
+    run._download(StudyFolder(load_study(str(path)), config), config.data_root)
     assert wanted == {
         *(("cifar10", "test"), ("svhn", "train"), ("mnist", "train")),
         *(("cifar100", "train"), ("cifar100", "test")),
     }
+    # What cannot be downloaded is named, and the others are all the same.
+    assert tried == ["False", "True"]
+    text = capsys.readouterr().out
+    assert text == "svhn has no downloader\nThe study goes on without the train split of svhn.\n"
 
 
 def test_what_is_done_is_not_done_again(
@@ -582,18 +676,29 @@ def test_signs_and_single_pairs() -> None:
 
 def test_pairs_are_of_the_same_seed(tmp_path: Path) -> None:
     """A seed that only one variant has finished counts for its mean, not for the difference."""
-    config = config_of(write_study(tmp_path, seeds=[3, 5, 7]))
-    folder = StudyFolder(load_study(config.study), config)
+    variants = {**VARIANTS, "other": {"kdci_dictionary": "shuffled"}}
+    pairs = [["kdci", "other"], ["other", "vanilla"]]
+    study = load_study(
+        str(write_study(tmp_path, seeds=[3, 5, 7], variants=variants, compare=pairs))
+    )
     accuracy = {("vanilla", 3): 50.0, ("kdci", 3): 51.0, ("kdci", 5): 90.0, ("vanilla", 7): 60.0}
-    accuracy["kdci", 7] = 57.0
-    rows = [
+    accuracy |= {("kdci", 7): 57.0, ("other", 5): 88.0, ("other", 7): 57.0}
+    found = accuracies_of(
         {"entry": "noise", "variant": variant, "seed": seed, "accuracy": value}
         for (variant, seed), value in accuracy.items()
-    ]
-    vanilla, kdci = table(folder, rows)
+    )
+    vanilla, kdci, other = table(study, found)
     assert (vanilla.mean, kdci.mean) == (55.0, 66.0)
     assert kdci.difference is not None
     assert (kdci.difference.mean, kdci.difference.pairs) == (-1.0, 2)
-    text = markdown(folder, [vanilla, kdci])
+    text = accuracy_table([vanilla, kdci], study.baseline)
     assert "2 of 3" in text
     assert "-26.41 to +24.41" in text  # -1 +- 12.706 * sqrt(8) / sqrt(2)
+    first, second = comparisons(study, found)
+    assert (first.variant, first.other) == ("kdci", "other")
+    assert first.difference == paired_difference([2.0, 0.0])
+    assert second.difference == other.difference
+    rows = comparison_table([first, second]).splitlines()[-2:]
+    assert "kdci minus other    | 2 " in rows[0]
+    assert "-11.71 to +13.71" in rows[0]  # 1 +- 12.706 * sqrt(2) / sqrt(2)
+    assert "one pair" in rows[1]

@@ -12,28 +12,32 @@ of file names::
       teacher: fashion      # one of the teachers below, or what --teacher takes
     teachers:               # optional: trained first and shared; settings of kdci train-teacher
       fashion: {network: lenet5_bn, dataset: fashion-mnist, epochs: 5}
+      digits: {network: lenet5_bn, dataset: mnist, epochs: 5}
     tasks:                  # optional: settings of each task, as of a teacher and student
       half: {student: lenet5_half_bn}
       same: {student: lenet5_bn}
-
-Methods:
+    methods:
       fast: {preset: demo-fashion, floor: 80}
       dafl: {method: dafl, lr: 0.01, floor: {vanilla: 70}, variants: [vanilla, kdci], seeds: [0]}
     variants:               # the first is the baseline that the others are compared with
       vanilla: {kdci: false}
       kdci: {kdci: true}
+      shuffled: {kdci: true, kdci_dictionary: shuffled}
+      of-digits: {kdci: true, kdci_dictionary_teacher: digits}  # a teacher as above
+    compare:                # optional: other pairs of variants, the first minus the second
+      - [kdci, shuffled]
 
 There is one run for each task, method, variant and seed. Where several of these give a setting,
 the later one of preset, settings, task, method and variant wins. ``floor`` is an accuracy in
 percent that every run of the method (or, by its name, of a variant) must reach; ``variants`` and
 ``seeds`` keep a method to some of them.
-"""
+"""  # noqa: D214, D405, D411  # `methods:` is a key, no section of the docstring
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,8 +51,13 @@ from python_models.config import (
     study_paths,
 )
 from python_models.errors import UserError, unknown_name
+from python_models.study.grid import Cell, Study, teachers_by_name
 
-KEYS = ("about", "source", "seeds", "settings", "teachers", "tasks", "methods", "variants")
+KEYS = (
+    *("about", "source", "seeds", "settings", "teachers", "tasks"),
+    *("methods", "variants", "compare"),
+)
+MAX_SEED = 2**63 - 1  # of torch
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 OF_THE_STUDY = {
     "seed": "give `seeds`",
@@ -62,80 +71,6 @@ OF_THE_STUDY = {
 """Settings that a study decides by itself."""
 
 ConfigT = TypeVar("ConfigT")
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One run of a study.
-
-    Attributes:
-        task: Name of its task; empty in a study without tasks.
-        method: Name of its method in the study.
-        variant: Name of its variant.
-        seed: Its seed.
-        config: Settings, those apart that depend on the machine; the teacher is as in the file.
-        floor: Accuracy in percent that it must reach, or None.
-    """
-
-    task: str
-    method: str
-    variant: str
-    seed: int
-    config: DistillConfig[Any]
-    floor: float | None
-
-    @property
-    def entry(self) -> str:
-        """What its variants and seeds share: ``task/method``, or the method."""
-        return f"{self.task}/{self.method}" if self.task else self.method
-
-    @property
-    def path(self) -> str:
-        """Its folder below that of all runs."""
-        return f"{self.entry}/{self.variant}-seed{self.seed}"
-
-    @property
-    def title(self) -> str:
-        """Its name for people."""
-        return f"{self.entry} {self.variant} seed {self.seed}"
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study that was read and checked.
-
-    Attributes:
-        name: The file's name without its ending.
-        about: What it is about.
-        teachers: Settings of the teachers that it trains, by name.
-        variants: Settings of each variant; the first is the baseline.
-        cells: All runs, in the order in which they are begun: seed by seed, so that a study that
-            is stopped has whole pairs.
-    """
-
-    name: str
-    about: str
-    teachers: Mapping[str, TrainTeacherConfig]
-    variants: Mapping[str, Mapping[str, Any]]
-    cells: tuple[Cell, ...]
-
-    @property
-    def baseline(self) -> str:
-        """Name of the variant that others are compared with."""
-        return next(iter(self.variants))
-
-    @property
-    def entries(self) -> dict[str, list[Cell]]:
-        """The cells of each entry, in the order of the file."""
-        found: dict[str, list[Cell]] = {}
-        for cell in self.cells:
-            found.setdefault(cell.entry, []).append(cell)
-        return found
-
-    def own_teacher(self, cell: Cell) -> str | None:
-        """Return the name of the cell's teacher if the study trains it."""
-        name = cell.config.task.teacher
-        return name if name in self.teachers else None
 
 
 def find_study(name: str) -> Path:
@@ -161,18 +96,17 @@ def find_study(name: str) -> Path:
     return paths[name]
 
 
-def load_study(name: str, seeds: Sequence[int] | None = None) -> Study:
+def load_study(name: str) -> Study:
     """Read and check a study.
 
     Args:
         name: As for `find_study`.
-        seeds: Only these of its seeds; by default all.
 
     Returns:
         The study; no dataset or teacher is opened.
 
     Raises:
-        UserError: Naming the file and the key that is wrong, or a seed that is not in it.
+        UserError: Naming the file and the key that is wrong.
 
     Example:
         >>> study = load_study("mini")
@@ -180,15 +114,7 @@ def load_study(name: str, seeds: Sequence[int] | None = None) -> Study:
         ('vanilla', 8, 64)
     """
     path = find_study(name)
-    study = _Reader(path, read_yaml(path)).study()
-    if seeds is None:
-        return study
-    known = {cell.seed for cell in study.cells}
-    if not seeds or not known.issuperset(seeds):
-        raise UserError(
-            f"seeds={list(seeds)} must be some of those of {path}: {', '.join(map(str, known))}"
-        )
-    return replace(study, cells=tuple(cell for cell in study.cells if cell.seed in seeds))
+    return _Reader(path, read_yaml(path)).study()
 
 
 class _Reader:
@@ -197,6 +123,7 @@ class _Reader:
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path = path
         self.values = values
+        self.teachers: dict[str, TrainTeacherConfig] = {}
         for key in values:
             if key not in KEYS:
                 raise UserError(f"{path}: {unknown_name('key', key, KEYS)}")
@@ -207,7 +134,7 @@ class _Reader:
     def study(self) -> Study:
         seeds = self._seeds()
         common = self._settings("settings", self.values.get("settings"))
-        teachers = {
+        self.teachers = {
             name: self._teacher(f"teachers: {name}", values)
             for name, values in self._named("teachers").items()
         }
@@ -236,7 +163,12 @@ class _Reader:
             if seed in kept[cell.method]
         ]
         return Study(
-            self.path.stem, str(self.values.get("about", "")), teachers, variants, tuple(by_seed)
+            name=self.path.stem,
+            about=str(self.values.get("about", "")),
+            teachers=self.teachers,
+            variants=variants,
+            cells=tuple(by_seed),
+            comparisons=self._comparisons(variants),
         )
 
     def _cells(
@@ -256,6 +188,9 @@ class _Reader:
         preset, name = own.pop("preset", None), own.pop("method", None)
         if preset is None and name is None:
             raise self._error(key, "must give a `preset` or a `method`")
+        for word, value in (("preset", preset), ("method", name)):
+            if value is not None and (not isinstance(value, str) or not value):
+                raise self._error(key, f"{word}={value!r} must be the name of one")
         try:
             config = distill_defaults(preset, None, name)
         except ValueError as error:  # of the registry too
@@ -275,26 +210,42 @@ class _Reader:
         return cells
 
     def _check(self, title: str, config: DistillConfig[Any]) -> None:
-        from python_models.networks import NETWORKS, is_spec
-
         try:
             check(config)
         except UserError as error:
-            raise UserError(f"{self.path}: {title}: {error}") from error
-        student = config.task.student
-        if not is_spec(student) and student not in NETWORKS:
-            raise UserError(f"{self.path}: {title}: {unknown_name('network', student, NETWORKS)}")
+            raise self._error(title, str(error)) from error
+        self._check_network(title, config.task.student)
+        for setting, name in teachers_by_name(config).items():
+            self._check_teacher(title, setting, name)
+
+    def _check_network(self, key: str, name: str) -> None:
+        if not _is_network(name):
+            from python_models.networks import NETWORKS
+
+            raise self._error(key, str(unknown_name("network", name, NETWORKS)))
+
+    def _check_teacher(self, key: str, setting: str, name: str) -> None:
+        """Refuse a name that can only be meant for a teacher of the study, and is none."""
+        path = Path(name)
+        is_name = len(path.parts) == 1 and path.suffix != ".safetensors"
+        if not self.teachers or name in self.teachers or not is_name:
+            return
+        if not path.exists() and not _is_network(name):
+            raise self._error(key, f"{setting}: {unknown_name('teacher', name, self.teachers)}")
 
     def _seeds(self) -> list[int]:
         seeds = self.values["seeds"]
         if not isinstance(seeds, list) or not seeds:
             raise self._error("seeds", "must be a list of whole numbers")
         for seed in seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise self._error("seeds", f"{seed!r} must be a whole number >= 0")
+            self._check_seed("seeds", seed)
         if len(set(seeds)) < len(seeds):
             raise self._error("seeds", "names a seed twice")
         return seeds
+
+    def _check_seed(self, key: str, seed: Any) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise self._error(key, f"{seed!r} must be a whole number from 0 to 2**63 - 1")
 
     def _kept_seeds(self, method: str, values: Any, seeds: Sequence[int]) -> Sequence[int]:
         """Return the seeds that a method is kept to."""
@@ -304,7 +255,9 @@ class _Reader:
         return kept
 
     def _named(self, key: str) -> dict[str, Any]:
-        values: dict[str, Any] = self.values.get(key) or {}
+        values: dict[str, Any] | None = self.values.get(key)
+        if values is None:
+            return {}
         if not isinstance(values, dict):
             raise self._error(key, "must hold lines of the form `name: {setting: value}`")
         folded: dict[str, str] = {}
@@ -326,7 +279,11 @@ class _Reader:
         values = {} if values is None else values
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise self._error(key, "must hold settings, as `name: value`")
-        settings: dict[str, Any] = {name.replace("-", "_"): v for name, v in values.items()}
+        settings: dict[str, Any] = {}
+        for name, value in values.items():
+            if (setting := name.replace("-", "_")) in settings:
+                raise self._error(key, f"{setting} is given twice, with - and with _")
+            settings[setting] = value
         for name, hint in OF_THE_STUDY.items():
             if name in settings and name not in allowed:
                 raise self._error(key, f"{name} is not for a study file: {hint}")
@@ -337,6 +294,8 @@ class _Reader:
         config = self._override(TrainTeacherConfig(), settings, key)
         if config.dataset is None:
             raise self._error(key, "dataset is required")
+        self._check_network(key, config.network)
+        self._check_seed(f"{key}: seed", config.seed)
         return config
 
     def _chosen(self, key: str, value: Any, variants: Mapping[str, Any]) -> list[str]:
@@ -344,21 +303,35 @@ class _Reader:
             return list(variants)
         if not isinstance(value, list) or not value:
             raise self._error(key, "variants must be a list of names of `variants`")
-        for name in value:
-            if name not in variants:
-                raise self._error(key, str(unknown_name("variant", str(name), variants)))
+        self._check_variants(key, value, variants)
         baseline = next(iter(variants))
         if baseline not in value:
             raise self._error(key, f"variants must keep the baseline, {baseline!r}")
         return [name for name in variants if name in value]
 
+    def _check_variants(self, key: str, names: Iterable[Any], variants: Mapping[str, Any]) -> None:
+        for name in names:
+            if not isinstance(name, str) or name not in variants:
+                raise self._error(key, str(unknown_name("variant", str(name), variants)))
+
+    def _comparisons(self, variants: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        value = self.values.get("compare")
+        if value is None:
+            return ()
+        if not isinstance(value, list):
+            raise self._error("compare", "must be a list of pairs, as `- [kdci, shuffled]`")
+        for pair in value:
+            if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+                raise self._error("compare", f"{pair!r} must be two variants, as [kdci, shuffled]")
+            self._check_variants("compare", pair, variants)
+        return tuple((first, second) for first, second in value)
+
     def _floors(self, key: str, value: Any, variants: Mapping[str, Any]) -> dict[str, float]:
         if value is None:
             return {}
         floors = value if isinstance(value, dict) else dict.fromkeys(variants, value)
-        for name, floor in floors.items():
-            if name not in variants:
-                raise self._error(key, f"floor: {unknown_name('variant', str(name), variants)}")
+        self._check_variants(f"{key}: floor", floors, variants)
+        for floor in floors.values():
             is_number = isinstance(floor, (int, float)) and not isinstance(floor, bool)
             if not is_number or not 0 <= floor <= 100:
                 raise self._error(key, f"floor={floor!r} must be an accuracy in percent")
@@ -369,3 +342,9 @@ class _Reader:
 
     def _error(self, key: str, text: str) -> UserError:
         return UserError(f"{self.path}: {key}: {text}")
+
+
+def _is_network(name: str) -> bool:
+    from python_models.networks import NETWORKS, is_spec
+
+    return is_spec(name) or name in NETWORKS

@@ -13,7 +13,8 @@ from python_models.checkpoint import write_atomically
 from python_models.report.collect import read_metrics
 from python_models.report.figures import COLORS, panels_of, style, to_png
 from python_models.study.folder import StudyFolder
-from python_models.study.table import Line, finished
+from python_models.study.results import finished
+from python_models.study.table import Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from python_models.config import DistillConfig, StudyConfig, flatten
-from python_models.data import DATASETS, MissingDataError, load_labelled
+from python_models.data import DATASETS, CorruptDataError, MissingDataError, load_labelled
 from python_models.errors import Interrupted, UserError
 from python_models.methods import METHODS
 from python_models.processes import cores, run_beside
 from python_models.study.folder import Job, StudyFolder
+from python_models.study.markdown import accuracy_table, comparison_table
 from python_models.study.plan import load_study
 from python_models.study.plots import write_plots
-from python_models.study.table import Line, markdown, results, table, write_results, write_text
+from python_models.study.prior import prior_table
+from python_models.study.records import locked, write_text
+from python_models.study.results import results, write_results
+from python_models.study.table import Comparison, Line, accuracies_of, comparisons, table
 from python_models.teacher import resolve_device
 
 
@@ -26,14 +30,16 @@ class StudyResult:
     Attributes:
         folder: The study folder, which holds results.csv, health.csv, timings.csv, table.md and the
             plots.
-        lines: The table.
-        text: The table as Markdown.
-        problems: Runs that failed, were refused or missed their floor, with the reason; empty if
-            everything is as the study says.
+        lines: The table, of all seeds that are done.
+        comparisons: Differences between other variants that the study asks for.
+        text: The tables as Markdown.
+        problems: Runs of the chosen seeds that failed or were refused, and variants that missed
+            their floor, with the reason; empty if everything is as the study says.
     """
 
     folder: Path
     lines: tuple[Line, ...]
+    comparisons: tuple[Comparison, ...]
     text: str
     problems: tuple[str, ...]
 
@@ -55,7 +61,7 @@ def run_study(config: StudyConfig) -> StudyResult:
         >>> result = run_study(StudyConfig(study="mini", data_root=Path("data")))
         >>> result.lines[1].difference, result.problems
     """
-    study = load_study(config.study, config.seeds)
+    study = load_study(config.study)
     folder = StudyFolder(study, config)
     jobs = _jobs(folder, config)
     if folder.path.exists() and not folder.path.is_dir():
@@ -101,10 +107,11 @@ def _forget_failures(folder: StudyFolder) -> None:
         if job.failure is not None:
             with job.locked() as is_mine:
                 if is_mine:
-                    (job.path / "failed.json").unlink(missing_ok=True)
+                    job.forget_failure()
 
 
 def _download(folder: StudyFolder, data_root: Path) -> None:
+    """Download what is not there; name what cannot be, whose runs will say so, and go on."""
     wanted: dict[tuple[str, str], None] = {}
     for job in folder.jobs:
         if isinstance(job.config, DistillConfig):
@@ -118,15 +125,23 @@ def _download(folder: StudyFolder, data_root: Path) -> None:
         wanted.update({(str(n), split): None for n, split in sources if n in DATASETS})
     for name, split in wanted:
         try:
-            load_labelled(name, split, data_root, download=True)
-        except MissingDataError as error:
-            raise UserError(str(error)) from error
+            load_labelled(name, split, data_root, download=False)
+        except (MissingDataError, CorruptDataError):  # or another process is downloading it
+            try:
+                with locked(data_root / "download.lock", waits=True):
+                    load_labelled(name, split, data_root, download=True)
+            except (MissingDataError, ValueError) as error:
+                print(f"{error}\nThe study goes on without the {split} split of {name}.")
 
 
 def _conclude(folder: StudyFolder, failed: list[str]) -> StudyResult:
     write_results(folder)
-    lines = tuple(table(folder, results(folder)))
-    text = markdown(folder, lines)
+    study = folder.study
+    found = accuracies_of(results(folder))
+    lines, others = tuple(table(study, found)), tuple(comparisons(study, found))
+    parts = [f"# Study {study.name}", study.about, accuracy_table(lines, study.baseline)]
+    parts += [comparison_table(others) if others else "", prior_table(folder)]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     write_text(folder.path / "table.md", text)
     write_plots(folder, lines)
     problems = [f"{name} ended early; its message is above" for name in failed]
@@ -137,7 +152,7 @@ def _conclude(folder: StudyFolder, failed: list[str]) -> StudyResult:
         for line in lines
         if line.misses_floor
     ]
-    return StudyResult(folder.path, lines, text, tuple(problems))
+    return StudyResult(folder.path, lines, others, text, tuple(problems))
 
 
 def _not_done(folder: StudyFolder) -> list[str]:

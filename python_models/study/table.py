@@ -1,41 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of a study: a tidy CSV, and the table of paired differences made from it.
+"""What a study's results come to: accuracies and paired differences.
 
-Each variant is compared with the first one, the baseline, over pairs of runs that share everything
-else: seed, teacher, images and schedule. The interval of the mean difference is Student's t over
-the seeds.
+Each variant is compared with the first one, the baseline, and those that the study names with each
+other, over pairs of runs that share everything else: seed, teacher, images and schedule. The
+interval of the mean difference is Student's t over the seeds.
 """
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from python_models.checkpoint import write_atomically
-from python_models.compensation import num_prototypes
-from python_models.report.collect import read_metrics
-from python_models.study.folder import Job, StudyFolder, read_json
-from python_models.study.plan import Cell
+from python_models.study.grid import Study
 
 CONFIDENCE = 0.95
-SIGNS = (
-    *("compensation_ratio", "compensation_shift"),
-    *("attention_prototypes", "dictionary_entropy"),
-)
-"""Columns of metrics.csv that say how large KDCI's prior was, and what it was made of."""
-Row = dict[str, Any]
+Accuracies = Mapping[tuple[str, str], Mapping[int, float]]
+"""By entry and variant, then by seed; in percent."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant's accuracy minus the baseline's, over pairs of the same seed.
+    """A variant's accuracy minus that of another one, over pairs of the same seed.
 
     Attributes:
         mean: Mean difference in percentage points.
@@ -78,9 +66,31 @@ class Line:
         return statistics.fmean(self.accuracies) if self.accuracies else None
 
     @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds; None with fewer than two."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
     def misses_floor(self) -> bool:
         """Whether a run that is done is below the floor."""
         return self.floor is not None and any(a < self.floor for a in self.accuracies)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference between two variants of an entry.
+
+    Attributes:
+        entry: ``task/method``, or the method.
+        variant: Name of the variant.
+        other: Name of the variant that it is compared with.
+        difference: The first one's accuracy minus the other one's.
+    """
+
+    entry: str
+    variant: str
+    other: str
+    difference: Difference
 
 
 def paired_difference(differences: Sequence[float]) -> Difference:
@@ -110,235 +120,60 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     )
 
 
-def finished(folder: StudyFolder) -> dict[Cell, Job]:
-    """Return the runs that are done, of the settings that the study has now."""
-    return {
-        cell: job
-        for cell, job in folder.runs.items()
-        if job.is_done and folder.why_not(job) is None
-    }
+def accuracies_of(rows: Iterable[Mapping[str, Any]]) -> Accuracies:
+    """Return the accuracies in rows of `results`."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        runs = found.setdefault((row["entry"], row["variant"]), {})
+        runs[row["seed"]] = float(row["accuracy"])
+    return found
 
 
-def results(folder: StudyFolder) -> list[Row]:
-    """Return the rows of results.csv: runs that are done, in the order of the study."""
-    rows = []
-    for cell, job in finished(folder).items():
-        summary = job.summary or {}
-        about = read_json(job.path / "study.json") or {}
-        config = cell.config
-        rows.append(
-            {
-                "study": folder.study.name,
-                "entry": cell.entry,
-                "method": config.method,
-                "variant": cell.variant,
-                "teacher": config.task.teacher,
-                "student": config.task.student,
-                "dataset": config.task.dataset,
-                "seed": cell.seed,
-                "accuracy": summary.get("accuracy"),
-                "compensated_accuracy": summary.get("compensated_accuracy"),
-                "best_accuracy": summary.get("best_accuracy"),
-                "teacher_accuracy": summary.get("teacher_accuracy"),
-                "steps": summary.get("steps"),
-                "version": about.get("version"),
-                "commit": about.get("commit"),
-            }
-        )
-    return rows
-
-
-def timings(folder: StudyFolder) -> list[Row]:
-    """Return the rows of timings.csv, which differ however equal the results are."""
-    rows = []
-    for cell, job in finished(folder).items():
-        summary = job.summary or {}
-        rows.append(
-            {
-                "study": folder.study.name,
-                "entry": cell.entry,
-                "variant": cell.variant,
-                "seed": cell.seed,
-                "seconds": summary.get("seconds"),
-                "peak_memory_mb": summary.get("peak_memory_mb"),
-            }
-        )
-    return rows
-
-
-def health(folder: StudyFolder) -> list[Row]:
-    """Return the rows of health.csv: epochs of the runs with KDCI, and how large its prior was."""
-    return [
-        {
-            "study": folder.study.name,
-            "entry": cell.entry,
-            "variant": cell.variant,
-            "seed": cell.seed,
-            "prototypes": num_prototypes(cell.config),
-            "epoch": int(epoch["epoch"]),
-            **{name: epoch.get(name) for name in SIGNS},
-        }
-        for cell, job in finished(folder).items()
-        if cell.config.compensation.kdci
-        for epoch in read_metrics(job.folder.metrics)
-    ]
-
-
-def prior_table(folder: StudyFolder) -> str:
-    """Return how large the prior was at the first and the last epoch as Markdown, mean over seeds.
-
-    Empty where no run with KDCI is done.
-    """
-    of_variant: dict[tuple[str, str, int], list[Row]] = {}
-    for row in health(folder):
-        if any(row[sign] is None for sign in SIGNS):
-            continue  # of a version that did not record it
-        of_variant.setdefault((row["entry"], row["variant"], row["prototypes"]), []).append(row)
-    body = []
-    for (entry, variant, prototypes), rows in of_variant.items():
-        epochs = [row["epoch"] for row in rows]
-        ends = [[row for row in rows if row["epoch"] == e] for e in (min(epochs), max(epochs))]
-
-        def mean(sign: str, rows: Sequence[Row]) -> float:
-            return statistics.fmean(row[sign] for row in rows)
-
-        ratios = [f"{100 * mean('compensation_ratio', end):.3g}" for end in ends]
-        body.append(
-            (
-                *(entry, variant, str(prototypes), " to ".join(ratios)),
-                f"{mean('compensation_shift', ends[-1]):.1e}",
-                f"{mean('attention_prototypes', ends[-1]):.1f}",
-                f"{statistics.fmean(math.exp(row['dictionary_entropy']) for row in ends[-1]):.1f}",
-            )
-        )
-    if not body:
-        return ""
-    header = (
-        *("entry", "variant", "K", "prior / logits (%)", "shift (nats)"),
-        *("attended to", "in the dictionary"),
-    )
-    return "\n".join(
-        [
-            *_aligned(header, body),
-            "",
-            "How large KDCI's prior was: mean |F| by mean |S| at the end of the first and of the "
-            "last epoch, then, of the last one, the mean KL by which F changes the softmax, and "
-            "how many of the K prototypes the attention and the dictionary's proportions spread "
-            "over (exp of their entropies). Means over seeds.",
-        ]
-    )
-
-
-def write_results(folder: StudyFolder) -> None:
-    """Write results.csv, health.csv and timings.csv of what is done, atomically."""
-    files = {"results": results(folder), "health": health(folder), "timings": timings(folder)}
-    for name, rows in files.items():
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["study"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(folder.path / f"{name}.csv", buffer.getvalue())
-
-
-def table(folder: StudyFolder, rows: Iterable[Mapping[str, Any]]) -> list[Line]:
+def table(study: Study, found: Accuracies) -> list[Line]:
     """Return the lines of the table.
 
     Args:
-        folder: The study's.
-        rows: Those of `results`.
+        study: The study.
+        found: As of `accuracies_of`.
     """
-    found = {(row["entry"], row["variant"], row["seed"]): float(row["accuracy"]) for row in rows}
-    baseline = folder.study.baseline
     lines = []
-    for entry, cells in folder.study.entries.items():
+    for entry, cells in study.entries.items():
         for variant in dict.fromkeys(cell.variant for cell in cells):
             of_variant = [cell for cell in cells if cell.variant == variant]
-            seeds = [c.seed for c in of_variant if (entry, variant, c.seed) in found]
-            accuracies = tuple(found[entry, variant, seed] for seed in seeds)
-            differences = [
-                found[entry, variant, seed] - found[entry, baseline, seed]
-                for seed in seeds
-                if (entry, baseline, seed) in found
-            ]
-            compared = variant != baseline and differences
+            runs = found.get((entry, variant), {})
+            compared = None
+            if variant != study.baseline:
+                compared = _compared(found, entry, variant, study.baseline)
             lines.append(
                 Line(
                     entry,
                     variant,
                     len(of_variant),
-                    accuracies,
-                    paired_difference(differences) if compared else None,
+                    tuple(runs[cell.seed] for cell in of_variant if cell.seed in runs),
+                    compared,
                     of_variant[0].floor,
                 )
             )
     return lines
 
 
-def markdown(folder: StudyFolder, lines: Sequence[Line]) -> str:
-    """Return the table as Markdown, aligned so that it reads as plain text too."""
-    baseline = folder.study.baseline
-    header = (
-        "entry",
-        "variant",
-        "runs",
-        "accuracy (%)",
-        f"minus {baseline}",
-        "95 % interval",
-        "better/worse",
-        "floor (%)",
-    )
-    body = [_words(line) for line in lines]
-    parts = [f"# Study {folder.study.name}", ""]
-    if folder.study.about:
-        parts += [folder.study.about, ""]
-    parts += [*_aligned(header, body), ""]
-    parts.append(
-        "Accuracy of the last student on the test images, without compensation, mean over seeds "
-        "with its standard deviation. Differences are of pairs that share all but the variant, "
-        "in percentage points, their mean with Student's 95 % interval over the seeds."
-    )
-    if any(line.difference is not None and line.difference.half_width is None for line in lines):
-        parts.append("Where there is one pair alone, there is no interval: it takes several seeds.")
-    prior = prior_table(folder)
-    if prior:
-        parts += ["", prior]
-    return "\n".join(parts) + "\n"
+def comparisons(study: Study, found: Accuracies) -> list[Comparison]:
+    """Return the differences that the study asks for besides, where an entry has such a pair.
+
+    Args:
+        study: The study.
+        found: As of `accuracies_of`.
+    """
+    return [
+        Comparison(entry, variant, other, difference)
+        for entry in study.entries
+        for variant, other in study.comparisons
+        if (difference := _compared(found, entry, variant, other)) is not None
+    ]
 
 
-def _aligned(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
-    widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]
-
-    def row(words: Sequence[str]) -> str:
-        return f"| {' | '.join(w.ljust(n) for w, n in zip(words, widths, strict=True))} |"
-
-    return [row(header), f"|{'|'.join('-' * (n + 2) for n in widths)}|", *map(row, body)]
-
-
-def _words(line: Line) -> tuple[str, ...]:
-    runs = str(len(line.accuracies))
-    if len(line.accuracies) < line.planned:
-        runs += f" of {line.planned}"
-    accuracy = "-" if line.mean is None else f"{line.mean:.2f}"
-    if len(line.accuracies) > 1:
-        accuracy += f" ± {statistics.stdev(line.accuracies):.2f}"
-    mean = interval = signs = "-"
-    found = line.difference
-    if found is not None:
-        mean = f"{found.mean:+.2f}"
-        signs = f"{found.better}/{found.worse}"
-        if found.half_width is None:
-            interval = "one pair"
-        else:
-            low, high = found.mean - found.half_width, found.mean + found.half_width
-            interval = f"{low:+.2f} to {high:+.2f}"
-    floor = "-"
-    if line.floor is not None:
-        state = "missed" if line.misses_floor else "met" if line.accuracies else "no run"
-        floor = f"{line.floor:g}: {state}"
-    return (line.entry, line.variant, runs, accuracy, mean, interval, signs, floor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, atomically."""
-    write_atomically(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+def _compared(found: Accuracies, entry: str, variant: str, other: str) -> Difference | None:
+    """Return the difference over the seeds that both variants have, or None without any."""
+    ours, theirs = found.get((entry, variant), {}), found.get((entry, other), {})
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return paired_difference(differences) if differences else None

@@ -25,7 +25,7 @@ from python_models.errors import DivergenceError, Interrupted, UserError
 from python_models.processes import POLL_S
 from python_models.study.folder import Job, StudyFolder
 from python_models.study.plan import load_study
-from python_models.study.table import write_results
+from python_models.study.results import write_results
 from python_models.teacher import train_teacher
 
 WAIT_S = 0.3
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     values = json.loads(arguments[0])
     config = override(StudyConfig(study=values["study"]), values, "worker")
     try:
-        Worker(StudyFolder(load_study(config.study, config.seeds), config)).work()
+        Worker(StudyFolder(load_study(config.study), config)).work()
     except (Stopped, BrokenPipeError):  # the latter where who started it was killed
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return STOPPED
