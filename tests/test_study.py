@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study: what its file may say, that its runs are made once each, and what the table says."""
 
+import csv
+import hashlib
 import json
 import math
 import os
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,30 @@ from python_models.cli import main
 from python_models.config import StudyConfig, flatten, study_paths
 from python_models.data import MissingDataError
 from python_models.errors import UserError
+from python_models.methods import METHODS
+from python_models.processes import cores
 from python_models.study import (
+    Line,
+    Study,
     StudyResult,
     load_study,
     paired_difference,
     plan,
+    records,
     run,
     run_study,
     worker,
 )
 from python_models.study.folder import Job, StudyFolder
 from python_models.study.markdown import accuracy_table, comparison_table
+from python_models.study.plots import (
+    accuracies,
+    by_size,
+    dictionary_sizes,
+    overhead,
+    overheads,
+    write_plots,
+)
 from python_models.study.records import locked, write_json
 from python_models.study.results import results
 from python_models.study.table import accuracies_of, comparisons, table
@@ -369,8 +384,8 @@ def test_a_study_runs_every_cell_and_writes_its_results(
         ["kdci", seed, "3", epoch] for seed in "01" for epoch in "12"
     ]
     assert all(float(value) > 0 for row in rows for value in row.split(",")[6:])
-    for name in ("differences.png", "curves.png", "prior.png", "attention.png"):
-        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("accuracy", "differences", "overhead", "curves", "prior", "attention"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (out / "sizes.png").exists()  # a single size
     vanilla, kdci = result.lines
     assert vanilla.difference is None
@@ -494,19 +509,141 @@ def test_a_killed_study_goes_on_to_the_same_csv(
         assert (config.out_dir / name).read_bytes() == (result.folder / name).read_bytes()
 
 
-def test_two_processes_never_do_one_run_twice(
+def test_two_processes_of_several_jobs_never_do_one_run_twice(
     finished: tuple[StudyConfig, StudyResult],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """One with a worker and one with two, each with as many threads as the study had."""
     config, result = finished
     config = replace(config, out_dir=result.folder.parent / "shared")
     assert config.out_dir is not None
-    processes = [run_command(config) for _ in range(2)]
-    texts = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    monkeypatch.setattr(processes, "cores", lambda: 2 * cores())
+    other = run_command(config)
+    shared = run_study(replace(config, jobs=2))
+    text = other.communicate()[0] + capsys.readouterr().out
+    assert (other.returncode, shared.problems) == (0, ()), text
     assert list(begun(config.out_dir).values()) == [1, 1, 1, 1]
-    assert "".join(texts).count(": begun") == 5
+    assert text.count(": begun") == 5
     for name in ("results.csv", "table.md"):
         assert (config.out_dir / name).read_bytes() == (result.folder / name).read_bytes()
+
+
+PAUSING = """
+import time
+from pathlib import Path
+from python_models.networks import build_network
+
+class Pausing(torch.nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.network = build_network("lenet5_half_bn", num_classes, in_channels)
+        self.steps = 0
+
+    def forward(self, images):
+        if self.training:
+            self.steps += 1
+            while self.steps == 6 and not Path(PAUSED).exists():
+                Path(HERE).touch()
+                time.sleep(0.01)
+        return self.network(images)
+"""
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_that_is_killed_after_a_checkpoint_ends_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second epoch, where a checkpoint of the first is there; what goes on is of
+    another commit, and says so beside the one that began.
+    """
+    here, paused = tmp_path / "here", tmp_path / "paused"
+    names = f"import torch\nHERE, PAUSED = {str(here)!r}, {str(paused)!r}\n"
+    (tmp_path / "pausing.py").write_text(names + PAUSING)
+    monkeypatch.syspath_prepend(tmp_path)
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"], "student": "pausing:Pausing"}
+    variants = {"kdci": VARIANTS["kdci"]}
+    path = write_study(tmp_path, methods={"noise": noise}, seeds=[0], variants=variants)
+    config = config_of(path)
+    run_folder = tmp_path / "out" / "runs" / "noise" / "kdci-seed0"
+    monkeypatch.setattr(records, "provenance", lambda: {"version": "1", "commit": "before"})
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        worker.main([json.dumps(flatten(config))])
+        os._exit(0)
+    try:
+        deadline = time.monotonic() + 60
+        while not here.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert here.exists()
+    assert (run_folder / "checkpoints" / "last.pt").is_file()
+    assert not (run_folder / "summary.json").exists()
+    paused.touch()
+    whole = run_study(replace(config, out_dir=tmp_path / "whole"))
+    monkeypatch.setattr(records, "provenance", lambda: {"version": "1", "commit": "after"})
+    resumed = run_study(config)
+    assert resumed.problems == ()
+    rows = [(each.folder / "results.csv").read_text() for each in (whole, resumed)]
+    assert rows[0].endswith(",1,before\n")
+    assert rows[1] == rows[0].replace(",before\n", ",before+after\n")
+    assert resumed.text == whole.text
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_dictionarys_teacher_may_be_of_the_study(tmp_path: Path) -> None:
+    """It is trained first, and its weights are held to like the teacher's."""
+    values = yaml.safe_load(write_study(tmp_path).read_text())
+    own = values["teachers"]["own"]
+    variants = {**VARIANTS, "by-other": {**VARIANTS["kdci"], "kdci_dictionary_teacher": "other"}}
+    changes: dict[str, Any] = {"teachers": {"own": own, "other": {**own, "seed": 5}}, "seeds": [0]}
+    config = config_of(write_study(tmp_path, variants=variants, **changes))
+    first = run_study(config)
+    assert first.problems == ()
+    assert first.lines[1].accuracies
+    before = (first.folder / "results.csv").read_bytes()
+    run_folder = first.folder / "runs" / "noise" / "by-other-seed0"
+    record = json.loads((run_folder / "study.json").read_text())
+    teacher = first.folder / "teachers" / "other" / "teacher.safetensors"
+    digest = hashlib.sha256(teacher.read_bytes()).hexdigest()
+    assert record["dictionary_teacher_sha256"] == digest != record["teacher_sha256"]
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
+    assert settings["kdci_dictionary_teacher"] == str(teacher.parent)
+    # A study folder may be moved, and be of a version that recorded less.
+    moved = replace(config, out_dir=tmp_path / "moved")
+    first.folder.rename(tmp_path / "moved")
+    commit = "+".join(record["commit"])
+    old = {"teacher_sha256": record["teacher_sha256"], "version": "", "commit": commit}
+    old["version"] = "+".join(record["version"])
+    run_folder = tmp_path / "moved" / "runs" / "noise" / "by-other-seed0"
+    write_json(run_folder / "study.json", old)
+    assert run_study(moved).problems == ()
+    assert (tmp_path / "moved" / "results.csv").read_bytes() == before
+    write_json(run_folder / "study.json", record)
+    folder = StudyFolder(load_study(config.study), moved)
+    (job,) = (job for cell, job in folder.runs.items() if cell.variant == "by-other")
+    assert folder.is_ready(job)
+    assert folder.why_not(job) is None
+    other = folder.teachers["other"]
+    other.record_failure("no memory")
+    assert folder.why_not(job) == "its teacher other failed: no memory"
+    other.forget_failure()
+    weights = other.path / "teacher.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert "the dictionary's teacher's weights are others now" in (folder.why_not(job) or "")
+    weights.unlink()
+    other.folder.summary.unlink()
+    assert not folder.is_ready(job)
+    write_study(tmp_path, variants={**VARIANTS, "by-other": VARIANTS["kdci"]}, **changes)
+    (job,) = (
+        job
+        for cell, job in StudyFolder(load_study(config.study), moved).runs.items()
+        if cell.variant == "by-other"
+    )
+    assert "kdci_dictionary_teacher was " in (job.refusal() or "")
 
 
 def test_a_job_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
@@ -644,6 +781,106 @@ def test_runs_of_other_settings_are_refused_not_mixed(
     finally:
         teacher.write_bytes(before)
     run_study(config)  # restores the files of the module's study
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def test_tasks_sizes_and_their_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: None
+) -> None:
+    """Several tasks, each with its student: entries of their own, pairs within them."""
+    monkeypatch.setattr(run, "write_plots", write_plots)
+    sizes = {f"n{k}": {"kdci": True, "kdci_prototypes": k} for k in (2, 3)}
+    path = write_study(
+        tmp_path,
+        tasks={"half": {}, "whole": {"student": "lenet5_bn"}},
+        variants={"vanilla": {"kdci": False}, **sizes},
+        seeds=[0],
+    )
+    result = run_study(config_of(path))
+    assert result.problems == ()
+    assert [(line.entry, line.variant, len(line.accuracies)) for line in result.lines] == [
+        (f"{task}/noise", variant, 1)
+        for task in ("half", "whole")
+        for variant in ("vanilla", "n2", "n3")
+    ]
+    rows = list(csv.DictReader((result.folder / "results.csv").open()))
+    assert {row["entry"]: row["student"] for row in rows} == {
+        "half/noise": "lenet5_half_bn",
+        "whole/noise": "lenet5_bn",
+    }
+    for name in ("sizes", "accuracy", "overhead", "differences", "curves", "prior", "attention"):
+        assert (result.folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def lines_of(study: Study, accuracy: Callable[[str, int], float]) -> list[Line]:
+    """Return the table of made-up accuracies by variant and seed."""
+    rows = [{"entry": c.entry, "variant": c.variant, "seed": c.seed} for c in study.cells]
+    return table(
+        study,
+        accuracies_of({**row, "accuracy": accuracy(row["variant"], row["seed"])} for row in rows),
+    )
+
+
+def test_a_line_joins_variants_that_differ_in_size_alone(tmp_path: Path) -> None:
+    """By what the settings come to: the method's own size is one of them, other options are not."""
+    variants = {
+        "vanilla": {"kdci": False, "kdci_prototypes": 7},
+        "n4": {"kdci_prototypes": 4},
+        "own": {},
+        "posterior": {"kdci_prototypes": 4, "kdci_weighting": "posterior"},
+        "posterior-2": {"kdci_prototypes": 2, "kdci_weighting": "posterior"},
+        "scaled": {"kdci_prototypes": 16, "kdci_scale": 2.0},
+    }
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"]}
+    methods = {"a": noise, "b": {**noise, "variants": ["vanilla", "own", "posterior"]}}
+    study = load_study(str(write_study(tmp_path, variants=variants, methods=methods)))
+    lines = lines_of(study, lambda variant, seed: 10.0 * len(variant) + seed)
+    sizes = dictionary_sizes(study, {(line.entry, line.variant) for line in lines})
+    own = METHODS.get("noise").num_prototypes
+    assert sizes == {
+        "a": [{"n4": 4, "own": own}, {"posterior": 4, "posterior-2": 2}, {"scaled": 16}]
+    }
+    figure = by_size(lines, sizes, "vanilla", dict.fromkeys(variants, "black"))
+    (axes,) = figure.axes
+    drawn = {tuple(line[0].get_xdata()): tuple(line[0].get_ydata()) for line in axes.containers}
+    assert drawn == {(4, own): (20.5, 30.5), (2, 4): (110.5, 90.5), (16,): (60.5,)}
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        *("n4 to own", "posterior-2 to posterior", "scaled", "vanilla")
+    }
+
+
+def test_bars_are_of_each_method_and_variant(tmp_path: Path) -> None:
+    noise = {"method": "noise", **METHOD_SETTINGS["noise"]}
+    methods = {"a": noise, "b": {**noise, "variants": ["vanilla"]}}
+    tasks: dict[str, dict[str, Any]] = {"one": {}, "two": {}}
+    study = load_study(str(write_study(tmp_path, methods=methods, tasks=tasks)))
+    lines = lines_of(study, lambda variant, seed: 40.0 + 10 * seed + (variant == "kdci"))
+    figure = accuracies(study, lines, dict.fromkeys(VARIANTS, "black"))
+    for axes, task in zip(figure.axes, tasks, strict=True):
+        assert axes.get_title() == task
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"]
+        assert [bar.get_height() for bar in axes.patches] == [45.0, 45.0, 46.0]
+        spread = math.sqrt(50)  # of 40 and 50, by n - 1
+        for bars in axes.collections:
+            ((_, low), (_, high)) = bars.get_segments()[0]
+            assert high - low == pytest.approx(2 * spread)
+
+
+def test_overhead_is_of_pairs_with_the_same_seed() -> None:
+    cost = {("vanilla", 0): 10.0, ("vanilla", 1): 20.0, ("kdci", 0): 11.0, ("kdci", 1): 30.0}
+    cost["kdci", 2] = 99.0  # alone
+    rows = [
+        {"entry": "e", "variant": v, "seed": s, "seconds": value, "peak_memory_mb": None}
+        for (v, s), value in cost.items()
+    ]
+    ratios = overheads(rows, "vanilla")
+    assert ratios == {("e", "kdci"): {"seconds": [1.1, 1.5]}}
+    panel = overhead(ratios, "vanilla", {"kdci": "black"}).axes[0]
+    assert panel.lines[1].get_xdata() == pytest.approx([1.3])
+    ((low, _), (high, _)) = panel.collections[0].get_segments()[0]
+    assert (low, high) == pytest.approx((1.1, 1.5))
 
 
 # --- statistics -----------------------------------------------------------------------------------

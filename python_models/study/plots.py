@@ -28,8 +28,8 @@ PALETTE = (
     *("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#000000"),
     *("#882255", "#DDCC77", "#332288", "#44AA99", "#999933", "#117733", "#AA4499"),
 )
-"""Colours of the variants but the first, told apart by colour-blind readers: those of Okabe and Ito,
-then of Paul Tol."""
+"""Colours of the variants but the first, told apart by colour-blind readers: those of Okabe and
+Ito, then of Paul Tol."""
 CURVES = {
     "curves.png": ("accuracy", "accuracy (%)"),
     "prior.png": ("compensation_ratio", "mean |F| / mean |S|"),
@@ -129,7 +129,7 @@ def accuracies(study: Study, lines: Sequence[Line], colors: Mapping[str, str]) -
         axes.set_yticks(range(0, 101, 20))
         axes.set_title(task, fontsize=8)
         axes.set_ylabel("accuracy (%)")
-    panels[-1].set_xlabel("method; mean and standard deviation over seeds")
+    _say_what_is_drawn(figure)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return figure
 
@@ -262,7 +262,8 @@ def by_size(
         axes.set_xlabel("prototypes in the dictionary")
         axes.set_title(entry, fontsize=8)
         axes.legend(fontsize=7)
-    panels[0].set_ylabel("accuracy (%), mean and standard deviation")
+    panels[0].set_ylabel("accuracy (%)")
+    _say_what_is_drawn(figure)
     return figure
 
 
@@ -303,11 +304,15 @@ def by_epoch(curves: Curves, colors: Mapping[str, str], label: str, *, has_zero:
                     high = [m + d for m, d in zip(means, deviations, strict=True)]
                     axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
         if has_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.dataLim.y1)
         _finish(axes, entry)
     panels[0].set_ylabel(label)
-    figure.supxlabel("mean and standard deviation over seeds", size=8)
+    _say_what_is_drawn(figure)
     return figure
+
+
+def _say_what_is_drawn(figure: Figure) -> None:
+    figure.supxlabel("mean and standard deviation over seeds", size=8)
 
 
 def _finish(axes: Axes, title: str) -> None:
