@@ -23,6 +23,7 @@ import yaml
 from tiny_task import METHOD_SETTINGS, make_task
 
 from python_models import processes
+from python_models.checkpoint import remove_temporaries, write_atomically
 from python_models.cli import main
 from python_models.config import StudyConfig, flatten, study_paths
 from python_models.data import MissingDataError
@@ -274,6 +275,10 @@ BROKEN = {
     "dictionary teacher": (
         {"variants": {"a": {"teacher": "own", "kdci_dictionary_teacher": "onw"}}},
         "noise a: kdci_dictionary_teacher: unknown teacher 'onw': did you mean 'own'",
+    ),
+    "long teacher name": (
+        {"settings": {"teacher": 300 * "own"}},
+        "noise vanilla: teacher: unknown teacher 'ownown",
     ),
     "number as preset": (
         {"methods": {"m": {"preset": 3}}},
@@ -644,6 +649,22 @@ def test_a_dictionarys_teacher_may_be_of_the_study(tmp_path: Path) -> None:
         if cell.variant == "by-other"
     )
     assert "kdci_dictionary_teacher was " in (job.refusal() or "")
+
+
+def test_writers_of_one_file_in_processes_of_the_same_number_do_not_meet(tmp_path: Path) -> None:
+    """As on two machines, or in two containers: here the second one writes within the first."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("the first")
+        write_json(tmp_path / "file.json", {"by": "the second"})
+
+    write_atomically(tmp_path / "file.json", write)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
+        ("file.json", "the first")
+    ]
+    (tmp_path / ".file.json.12ab.tmp").touch()
+    remove_temporaries(tmp_path / "file.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
 def test_a_job_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:

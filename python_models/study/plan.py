@@ -35,6 +35,7 @@ percent that every run of the method (or, by its name, of a variant) must reach;
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -227,10 +228,10 @@ class _Reader:
     def _check_teacher(self, key: str, setting: str, name: str) -> None:
         """Refuse a name that can only be meant for a teacher of the study, and is none."""
         path = Path(name)
-        is_name = len(path.parts) == 1 and path.suffix != ".safetensors"
+        is_name = len(path.parts) < 2 and path.suffix != ".safetensors"
         if not self.teachers or name in self.teachers or not is_name:
             return
-        if not path.exists() and not _is_network(name):
+        if not os.path.exists(name) and not _is_network(name):  # of any text, however long
             raise self._error(key, f"{setting}: {unknown_name('teacher', name, self.teachers)}")
 
     def _seeds(self) -> list[int]:

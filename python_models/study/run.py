@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from python_models.config import DistillConfig, StudyConfig, flatten
-from python_models.data import DATASETS, CorruptDataError, MissingDataError, load_labelled
+from python_models.data import DATASETS, load_labelled
 from python_models.errors import Interrupted, UserError
 from python_models.methods import METHODS
 from python_models.processes import cores, run_beside
@@ -126,11 +126,11 @@ def _download(folder: StudyFolder, data_root: Path) -> None:
     for name, split in wanted:
         try:
             load_labelled(name, split, data_root, download=False)
-        except (MissingDataError, CorruptDataError):  # or another process is downloading it
+        except (OSError, ValueError):  # not there, or another process is downloading it
             try:
                 with locked(data_root / "download.lock", waits=True):
                     load_labelled(name, split, data_root, download=True)
-            except (MissingDataError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 print(f"{error}\nThe study goes on without the {split} split of {name}.")
 
 
