@@ -303,6 +303,13 @@ BROKEN = {
         {"compare": [["kdci", "vanila"]]},
         "compare: unknown variant 'vanila': did you mean 'vanilla'",
     ),
+    "pair of no method": (
+        {
+            "methods": {"m": {"method": "fast", "variants": ["vanilla"]}},
+            "compare": [["kdci", "vanilla"]],
+        },
+        r"compare: no method has both variants of \['kdci', 'vanilla'\]",
+    ),
     "no mapping": ({"tasks": 0}, "tasks: must hold lines of the form"),
     "list": ({"methods": ["fast"]}, "methods: must hold lines of the form"),
     "nothing": ({"methods": {}}, "methods: must name at least one"),
@@ -755,6 +762,16 @@ def test_a_run_whose_process_ends_without_a_word_has_failed(
     path = write_study(tmp_path, methods={"noise": noise}, seeds=[0], variants=variants)
     (problem,) = run_study(config_of(path)).problems
     assert re.fullmatch(rf"noise vanilla seed 0: {reason}.*", problem)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_whose_log_cannot_be_written_has_failed(tmp_path: Path) -> None:
+    path = write_study(tmp_path, seeds=[0], variants={"vanilla": {"kdci": False}})
+    (tmp_path / "out" / "teachers" / "own" / "log.txt").mkdir(parents=True)
+    (tmp_path / "out" / "runs" / "noise" / "vanilla-seed0" / "log.txt").mkdir(parents=True)
+    first, second = run_study(config_of(path)).problems
+    assert first.startswith("teacher own: IsADirectoryError: ")
+    assert second.startswith("noise vanilla seed 0: its teacher own failed: IsADirectoryError: ")
 
 
 @pytest.mark.usefixtures("in_process")

@@ -9,6 +9,7 @@
         failed.json                         why it failed, where it did
         log.txt                             what it printed
         lock                                locked while a process works in the folder
+    results.lock                            locked while a process writes the results
 
 Several processes share the folder without a coordinator: who holds the lock of a run (``flock``)
 may work on it. The operating system frees a lock when its process ends, however it ends, so no lock

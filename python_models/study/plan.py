@@ -169,7 +169,7 @@ class _Reader:
             teachers=self.teachers,
             variants=variants,
             cells=tuple(by_seed),
-            comparisons=self._comparisons(variants),
+            comparisons=self._comparisons(variants, cells),
         )
 
     def _cells(
@@ -315,7 +315,9 @@ class _Reader:
             if not isinstance(name, str) or name not in variants:
                 raise self._error(key, str(unknown_name("variant", str(name), variants)))
 
-    def _comparisons(self, variants: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    def _comparisons(
+        self, variants: Mapping[str, Any], cells: Sequence[Cell]
+    ) -> tuple[tuple[str, str], ...]:
         value = self.values.get("compare")
         if value is None:
             return ()
@@ -325,6 +327,9 @@ class _Reader:
             if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
                 raise self._error("compare", f"{pair!r} must be two variants, as [kdci, shuffled]")
             self._check_variants("compare", pair, variants)
+            first, second = ({c.entry for c in cells if c.variant == name} for name in pair)
+            if first.isdisjoint(second):
+                raise self._error("compare", f"no method has both variants of {pair!r}")
         return tuple((first, second) for first, second in value)
 
     def _floors(self, key: str, value: Any, variants: Mapping[str, Any]) -> dict[str, float]:
