@@ -895,7 +895,8 @@ def test_bars_are_of_each_method_and_variant(tmp_path: Path) -> None:
     tasks: dict[str, dict[str, Any]] = {"one": {}, "two": {}}
     study = load_study(str(write_study(tmp_path, methods=methods, tasks=tasks)))
     lines = lines_of(study, lambda variant, seed: 40.0 + 10 * seed + (variant == "kdci"))
-    figure = accuracies(study, lines, dict.fromkeys(VARIANTS, "black"))
+    colors = {"vanilla": "red", "kdci": "blue"}
+    figure = accuracies(study, lines, colors)
     for axes, task in zip(figure.axes, tasks, strict=True):
         assert axes.get_title() == task
         assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b"]
@@ -904,6 +905,12 @@ def test_bars_are_of_each_method_and_variant(tmp_path: Path) -> None:
         for bars in axes.collections:
             ((_, low), (_, high)) = bars.get_segments()[0]
             assert high - low == pytest.approx(2 * spread)
+    # Before all is done, what is: here one task's, of one method.
+    figure = accuracies(study, [line for line in lines if line.entry == "two/b"], colors)
+    (axes,) = figure.axes
+    assert (axes.get_title(), len(axes.patches)) == ("two", 1)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vanilla"]
+    assert figure.legends[0].get_patches()[0].get_facecolor() == axes.patches[0].get_facecolor()
 
 
 def test_overhead_is_of_pairs_with_the_same_seed() -> None:

@@ -90,12 +90,14 @@ def _colors(lines: Sequence[Line]) -> dict[str, str]:
 def accuracies(study: Study, lines: Sequence[Line], colors: Mapping[str, str]) -> Figure:
     """Draw mean accuracies as bars by method and variant, a panel a task."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     found = {(line.entry, line.variant): line for line in lines}
     tasks: dict[str, dict[str, str]] = {}
     for cell in study.cells:
-        tasks.setdefault(cell.task, {})[cell.method] = cell.entry
-    variants = [name for name in study.variants if any(key[1] == name for key in found)]
+        if any(line.entry == cell.entry for line in lines):
+            tasks.setdefault(cell.task, {})[cell.method] = cell.entry
+    variants = [name for name in study.variants if any(line.variant == name for line in lines)]
     groups = max(map(len, tasks.values()))
     width = min(13.0, max(4.0, 1.5 + 0.26 * groups * (len(variants) + 1)))
     figure = Figure(figsize=(width, 0.4 + 2.6 * len(tasks)), layout="constrained")
@@ -110,7 +112,7 @@ def accuracies(study: Study, lines: Sequence[Line], colors: Mapping[str, str]) -
             heights = [line.mean or 0.0 for _, line in bars]
             spreads = [line.deviation or 0.0 for _, line in bars]
             lefts = [left for left, _ in bars]
-            axes.bar(lefts, heights, 0.8 / len(variants), color=colors[variant], label=variant)
+            axes.bar(lefts, heights, 0.8 / len(variants), color=colors[variant])
             for left, height, spread in zip(lefts, heights, spreads, strict=True):
                 if spread:
                     axes.errorbar(left, height, yerr=spread, ecolor="black", capsize=2)
@@ -130,7 +132,8 @@ def accuracies(study: Study, lines: Sequence[Line], colors: Mapping[str, str]) -
         axes.set_title(task, fontsize=8)
         axes.set_ylabel("accuracy (%)")
     _say_what_is_drawn(figure)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    shown = [Patch(color=colors[variant], label=variant) for variant in variants]
+    figure.legend(handles=shown, loc="outside right upper", fontsize=7)
     return figure
 
 
