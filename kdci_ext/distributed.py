@@ -89,6 +89,29 @@ def share_bits(tensors: list[Tensor], group: distributed.ProcessGroup | None) ->
         distributed.broadcast(tensor, _first(group), group=group)
 
 
+def check_finite_rows(
+    name: str, rows: Tensor, n: int, group: distributed.ProcessGroup | None
+) -> None:
+    """Refuse rows with NaN or Inf, whichever process holds them; all of them must call it.
+
+    Args:
+        name: What the error calls the rows.
+        rows: This process's rows, [m, d].
+        n: Rows of all processes.
+        group: The processes.
+
+    Raises:
+        ValueError: On all processes, where one holds such a row.
+    """
+    bad = torch.tensor(int((~torch.isfinite(rows)).any(1).sum()), device=rows.device)
+    distributed.all_reduce(bad, group=group)
+    if int(bad):
+        raise ValueError(
+            f"{name} must be finite: {int(bad)} of the {n} rows of all processes hold NaN "
+            "or Inf; drop these rows or find out where they arise"
+        )
+
+
 def distributed_confounder_dictionary(
     features_shard: Tensor,
     num_prototypes: int,
@@ -159,13 +182,7 @@ def distributed_confounder_dictionary(
         raise ValueError(
             f"num_prototypes={num_prototypes} must be <= the number of rows of all processes, {n}"
         )
-    bad = torch.tensor(int((~torch.isfinite(rows)).any(1).sum()), device=device)
-    distributed.all_reduce(bad, group=group)
-    if int(bad):
-        raise ValueError(
-            f"features_shard must be finite: {int(bad)} of the {n} rows of all processes hold NaN "
-            "or Inf; drop these rows or find out where they arise"
-        )
+    check_finite_rows("features_shard", rows, n, group)
 
     subspace = streaming.column_moments(rows).all_reduce(group).principal_subspace(num_components)
     if initial_prototypes is None:

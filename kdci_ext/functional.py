@@ -139,9 +139,6 @@ def confounder_dictionary(
         _checks.same_device({"features": features, "initial_prototypes": initial_prototypes})
         initial_prototypes = initial_prototypes.detach()
 
-    if check_finite is None:
-        check_finite = features.device.type == "cpu" and not torch.compiler.is_compiling()
-
     candidates = 1 if init == "plain" else 2 + int(math.log(num_prototypes))
     drawn_on = features.device if generator is None else generator.device
     uniforms = torch.rand(
@@ -160,15 +157,36 @@ def confounder_dictionary(
             *(max_iter, float(tol), float(momentum)),
         )
     )
-    # The operators return NaN for inputs that are not finite, so that looking is free.
-    if check_finite and math.isnan(dictionary.inertia.item()):
-        if initial_prototypes is not None and not bool(torch.isfinite(initial_prototypes).all()):
-            raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
-        _raise_not_finite(features)
+    if _looks_for_nan(check_finite, features.device):
+        _check_found(dictionary, "features", features, "initial_prototypes", initial_prototypes)
     return dictionary
 
 
-def _check_stopping(max_iter: int, tol: float, momentum: float) -> None:
+def _looks_for_nan(check_finite: bool | None, device: torch.device) -> bool:
+    """Resolve ``check_finite``."""
+    if check_finite is None:
+        return device.type == "cpu" and not torch.compiler.is_compiling()
+    return check_finite
+
+
+def _check_found(
+    found: ConfounderDictionary, name: str, features: Tensor, start_name: str, start: Tensor | None
+) -> None:
+    """Refuse a dictionary of NaN, which the operators return for inputs that are not finite."""
+    if not math.isnan(found.inertia.item()):
+        return
+    if start is not None and not bool(torch.isfinite(start).all()):
+        raise ValueError(f"{start_name} must be finite, but hold NaN or Inf")
+    bad = (~torch.isfinite(features)).any(1).nonzero()
+    if len(bad) > 0:
+        raise ValueError(
+            f"{name} must be finite: {len(bad)} of {features.shape[0]} rows hold NaN or Inf, "
+            f"first row {int(bad[0])}; drop these rows or find out where they arise"
+        )
+    raise ValueError(f"{name} are too large: sums over their rows overflow float64")
+
+
+def _check_stopping(max_iter: int, tol: float, momentum: float = 0.0) -> None:
     _checks.positive_int("max_iter", max_iter)
     if _checks.finite_float("tol", tol) < 0:
         raise ValueError(f"tol={tol} must be >= 0")
@@ -186,16 +204,6 @@ def _num_components(pca_components: int | Literal["auto"], num_prototypes: int, 
             f"pca_components={num_components} must be <= the number of feature columns, {d}"
         )
     return num_components
-
-
-def _raise_not_finite(features: Tensor) -> None:
-    bad = (~torch.isfinite(features)).any(1).nonzero()
-    if len(bad) > 0:
-        raise ValueError(
-            f"features must be finite: {len(bad)} of {features.shape[0]} rows hold NaN or Inf, "
-            f"first row {int(bad[0])}; drop these rows or find out where they arise"
-        )
-    raise ValueError("features are too large: sums over their rows overflow float64")
 
 
 def compensate(
@@ -309,18 +317,7 @@ def compensated_kd_loss(
         >>> loss.backward()
     """
     _check_attention(student, prototypes, proportions, w_query, w_key, w_score, "student")
-    _checks.tensor("teacher", teacher, ("B", "d"))
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"teacher has shape {list(teacher.shape)}, but must have that of student, "
-            f"{list(student.shape)}"
-        )
-    _checks.same_device({"student": student, "teacher": teacher})
-    if torch.is_grad_enabled() and teacher.requires_grad:
-        raise ValueError(
-            "teacher requires gradients, but the loss takes it as a constant: compute it under "
-            "torch.no_grad() or pass teacher.detach()"
-        )
+    _check_teacher("teacher", teacher, "student", student)
     temperature = _checks.finite_float("temperature", temperature, above=0)
     posterior = _checks.choice("weighting", weighting, ("paper", "posterior")) == "posterior"
     tensors = (student, teacher, prototypes, proportions, w_query, w_key, w_score)
@@ -328,6 +325,22 @@ def compensated_kd_loss(
     if not _use_native(backend, student.device):
         return reference.compensated_kd_loss(*tensors, *options)
     return _ops.compensated_kd_loss(*tensors, *options)
+
+
+def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tensor) -> None:
+    """Check a teacher's logits against a student's that are known to be logits."""
+    _checks.tensor(name, teacher, ("B", "d"))
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{name} has shape {list(teacher.shape)}, but must have that of {student_name}, "
+            f"{list(student.shape)}"
+        )
+    _checks.same_device({student_name: student, name: teacher})
+    if torch.is_grad_enabled() and teacher.requires_grad:
+        raise ValueError(
+            f"{name} requires gradients, but the loss takes it as a constant: compute it under "
+            f"torch.no_grad() or pass {name}.detach()"
+        )
 
 
 def _check_attention(
