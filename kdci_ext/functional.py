@@ -3,7 +3,7 @@
 
 Each takes ``backend``: ``"native"`` is the C++/CUDA operator, ``"reference"`` the plain PyTorch of
 :mod:`kdci_ext.reference`, and ``"auto"`` the native one where it exists, else the reference with
-one warning that says why.
+one warning for each kind of device that says why.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def confounder_dictionary(
             Where that raised the inertia, the next one starts from the last means: the result is
             never worse for it.
         check_finite: Raise on NaN or Inf in ``features``. By default on for CPU tensors, where it
-            costs nothing, and off elsewhere, where it would stall the stream.
+            costs nothing, and off elsewhere, where it would stall the stream, and under
+            ``torch.compile``. Where it is off, the dictionary of such features holds NaN.
         backend: See the module.
 
     Returns:
@@ -111,7 +112,9 @@ def confounder_dictionary(
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For a wrong shape, device or range, and for features that are not finite.
+        ValueError: For a wrong shape, device or range, and for features that are not finite where
+            ``check_finite`` looks for them.
+        RuntimeError: With ``backend="native"`` where there is no native kernel.
 
     Example:
         >>> logits = torch.randn(256, 10)
@@ -247,6 +250,9 @@ def compensate(
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape, device or value, and for an empty batch.
+        RuntimeError: With ``backend="native"`` where there is no native kernel; of the native one
+            also in a second derivative.
+        NotImplementedError: In forward-mode differentiation of the native kernel.
 
     Example:
         >>> d = confounder_dictionary(torch.randn(64, 10), 8)
@@ -306,6 +312,9 @@ def compensated_kd_loss(
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape, device or value, an empty batch, and a teacher that
             requires gradients.
+        RuntimeError: With ``backend="native"`` where there is no native kernel; of the native one
+            also in a second derivative.
+        NotImplementedError: In forward-mode differentiation of the native kernel.
 
     Example:
         >>> d = confounder_dictionary(torch.randn(64, 10), 8)

@@ -114,6 +114,13 @@ class PriorCompensation(nn.Module):
         """Draw the weights anew from PyTorch's generator.
 
         Those of attention uniform in +- gain / sqrt(inputs), the projection Xavier-normal.
+
+        Example:
+            >>> compensation = PriorCompensation(num_classes=10)
+            >>> _ = torch.manual_seed(0)
+            >>> compensation.reset_parameters()
+            >>> bool(compensation.w_query.abs().max() < 10**-0.5)
+            True
         """
         if self.attention == "learned":
             for weight in (self.w_query, self.w_key, self.w_score):
