@@ -303,6 +303,27 @@ def test_benchmark_tables_are_those_of_the_readme(tables: ModuleType) -> None:
         assert tables.benchmark(result) in README
 
 
+def test_every_operator_and_its_files_are_in_the_table_of_kernels() -> None:
+    """Each schema has a row, each row names files and a reference that exist, and no source of
+    kernels is left out.
+    """
+    page = (DOCS / "kernels.md").read_text()
+    sources = ROOT / "csrc"
+    operators = re.findall(r'm\.def\(\s*"(\w+)\(', (sources / "registration.cpp").read_text())
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.M))
+    assert list(rows) == operators
+    for operator_name, row in rows.items():
+        *columns, reference = (re.findall(r"`([\w.]+)`", cell) for cell in row.split("|"))
+        for folder, files in zip(("cpu", "cpu/simd", "cuda"), columns, strict=True):
+            for file in files:
+                assert (sources / folder / file).exists(), file
+        registered = columns[0][0]
+        assert f'm.impl("{operator_name}"' in (sources / "cpu" / registered).read_text()
+        assert all(hasattr(kdci_ext.reference, name) for name in reference)
+    for source in (*sources.glob("cpu/**/*.cpp"), *sources.glob("cuda/*.cu")):
+        assert f"`{source.name}`" in page or f"/{source.name}`" in page, source
+
+
 def test_findings_repeat_no_accuracy() -> None:
     """They are in the README and in the result files, which the page includes."""
     assert not re.findall(r"\d\d\.\d+ %", (DOCS / "findings.md").read_text())
