@@ -211,6 +211,7 @@ def distributed_confounder_dictionary(
     num_components = functional._num_components(pca_components, num_prototypes, d)
     _checks.choice("init", init, ("greedy", "plain"))
     functional._check_stopping(max_iter, tol, momentum)
+    _checks.generator(generator)
     if initial_prototypes is not None:
         _checks.tensor("initial_prototypes", initial_prototypes, ("K", "d"))
         _checks.size("initial_prototypes", initial_prototypes, 0, num_prototypes, "num_prototypes")

@@ -133,6 +133,7 @@ def confounder_dictionary(
     num_components = _num_components(pca_components, num_prototypes, d)
     _checks.choice("init", init, ("greedy", "plain"))
     _check_stopping(max_iter, tol, momentum)
+    _checks.generator(generator)
     if features.requires_grad:
         features = features.detach()
     if initial_prototypes is not None:
@@ -201,12 +202,14 @@ def _num_components(pca_components: int | Literal["auto"], num_prototypes: int, 
     """Resolve ``pca_components`` for rows of width d."""
     if pca_components == "auto":
         return min(d, max(1, num_prototypes - 1))
-    num_components = _checks.positive_int("pca_components", pca_components)
-    if num_components > d:
-        raise ValueError(
-            f"pca_components={num_components} must be <= the number of feature columns, {d}"
-        )
-    return num_components
+    return _components("pca_components", pca_components, d)
+
+
+def _components(name: str, value: int, d: int) -> int:
+    """Check for a number of principal components of rows of width d."""
+    if _checks.positive_int(name, value) > d:
+        raise ValueError(f"{name}={value} must be <= the number of feature columns, {d}")
+    return value
 
 
 def compensate(

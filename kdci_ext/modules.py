@@ -490,6 +490,7 @@ class KDCI(nn.Module):
         width = "num_classes" if self.w_map is None else "dictionary_dim"
         _checks.size("teacher_logits", teacher_logits, 1, self.dictionary_dim, width)
         _checks.same_device({"kdci": self.prototypes, "teacher_logits": teacher_logits})
+        _checks.generator(generator)
         rows = teacher_logits
         # What is not finite is looked for here, where its name is known.
         cluster: Callable[..., ConfounderDictionary]

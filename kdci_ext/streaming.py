@@ -169,7 +169,7 @@ class ColumnMoments:
             torch.Size([10, 3])
         """
         d = len(self.mean)
-        num_components = functional._num_components(num_components, 1, d)
+        functional._components("num_components", num_components, d)
         count = int(self.count)
         if count == 0:
             raise ValueError("the moments are of no rows: there is no subspace to choose")
@@ -415,6 +415,11 @@ def partial_sums(
     """
     _checks.tensor("features", features, ("m", "d"))
     _checks.not_empty("prototypes", _checks.tensor("prototypes", prototypes, ("K", "d")))
+    if not isinstance(subspace, PrincipalSubspace):
+        raise TypeError(
+            f"subspace must be a PrincipalSubspace, got {type(subspace).__name__}: make one with "
+            "column_moments(features).principal_subspace(num_components)"
+        )
     d = features.shape[1]
     _checks.size("prototypes", prototypes, 1, d, "number of columns of features")
     _checks.size("subspace.mean", subspace.mean, 0, d, "number of columns of features")
@@ -662,6 +667,7 @@ def stream_confounder_dictionary(
     _checks.positive_int("num_prototypes", num_prototypes)
     _checks.choice("init", init, ("greedy", "plain"))
     functional._check_stopping(max_iter, tol, momentum)
+    _checks.generator(generator)
     _checks.positive_int("chunk_rows", chunk_rows)
     if _checks.positive_int("sample_rows", sample_rows) < num_prototypes:
         raise ValueError(
