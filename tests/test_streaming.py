@@ -588,7 +588,7 @@ def test_bad_options_are_named(options, error, message):
 
 
 def test_a_seed_is_no_generator():
-    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got int"):
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None, got int"):
         stream_confounder_dictionary(ROWS, 3, generator=0)
 
 
