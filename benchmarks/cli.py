@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from benchmarks import threads as pools
 
@@ -16,6 +17,7 @@ examples:
   kdci bench compensation --save             compensation and loss, five shapes
   kdci bench step --save                     KDCI's share of training steps
   kdci bench selection --save                memory of DFND's selection from a million images
+  kdci bench study runs/study-mini           keep what a study found
   kdci bench readme                          the README's tables from the saved figures
 """
 
@@ -86,11 +88,13 @@ def main(words: Sequence[str]) -> None:
             help="write benchmarks/results/NAME.csv, a plot too where there is one "
             "(<benchmark>-<threads>-thread, or selection)",
         )
+    study = commands.add_parser("study", help="copy a study's tables and plots to the results")
+    study.add_argument("folder", type=Path, help="of the study, as kdci study leaves it")
     readme = commands.add_parser("readme", help="write the README's tables from saved figures")
     readme.add_argument("--check", action="store_true", help="only say whether they are those")
     arguments = parser.parse_args(words)
-    if arguments.command == "readme":
-        _readme(arguments)
+    if arguments.command in ("readme", "study"):
+        {"readme": _readme, "study": _study}[arguments.command](arguments)
         return
     if arguments.threads < 1:
         parser.error(f"--threads {arguments.threads} must be >= 1")
@@ -297,6 +301,13 @@ def _selection(arguments: argparse.Namespace) -> None:
         path = harness.RESULTS / f"{arguments.save or 'selection'}.csv"
         harness.save(path, about, rows)
         print(f"written to {path.relative_to(harness.ROOT)}")
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from benchmarks import harness, study
+
+    page = study.save_study(arguments.folder)
+    print(f"written to {page.relative_to(harness.ROOT)}")
 
 
 def _readme(arguments: argparse.Namespace) -> None:

@@ -272,16 +272,19 @@ def fma_peak(threads: int, device: str = "cpu") -> tuple[float, str]:
     return best * (threads if device == "cpu" else 1), "torch.mm"
 
 
-def header(threads: int, packages: Sequence[str], **more: object) -> dict[str, str]:
-    """Describe the machine, the versions, the commit and the day; nothing that names a host."""
-    processor = platform.processor() or platform.machine()
+def processor() -> str:
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
-                break
+                return line.split(":", 1)[1].strip()
     except OSError:
         pass
+    return platform.processor() or platform.machine()
+
+
+def header(threads: int, packages: Sequence[str], **more: object) -> dict[str, str]:
+    """Describe the machine, the versions, the commit and the day; nothing that names a host."""
     # Result files and the README are what a benchmark writes: they do not make a commit dirty.
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results",
                    ":!README.md")  # fmt: skip
@@ -294,7 +297,7 @@ def header(threads: int, packages: Sequence[str], **more: object) -> dict[str, s
         except metadata.PackageNotFoundError:
             versions.append(f"{package} absent")
     return {
-        "machine": f"{processor}, {threads} of {torch.multiprocessing.cpu_count()} cores",
+        "machine": f"{processor()}, {threads} of {torch.multiprocessing.cpu_count()} cores",
         "build": f"simd {info['simd']}, {info['compiler']}, Python {platform.python_version()}",
         "versions": ", ".join(versions),
         "cuda": torch.cuda.get_device_name()

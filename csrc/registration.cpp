@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The operators' schemas. Kernels are registered beside their definitions, in
-// cpu/ and cuda/; fake kernels and autograd in Python (kdci_ext/_ops.py).
+// The operators' schemas. Kernels are registered beside their definitions in
+// cpu/, and in cuda/operators.cu; fake kernels and autograd in Python
+// (kdci_ext/_ops.py).
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(kdci_ext, m) {

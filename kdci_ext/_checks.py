@@ -76,6 +76,15 @@ def finite_float(name: str, value: object, *, above: float | None = None) -> flo
     return float(value)
 
 
+def generator(value: object) -> None:
+    """Check for a source of random numbers, or None."""
+    if not isinstance(value, torch.Generator | None):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(value).__name__}: make one "
+            "with torch.Generator().manual_seed(0)"
+        )
+
+
 def choice(name: str, value: object, choices: Iterable[str]) -> str:
     """Check for one of a few words."""
     known = list(choices)

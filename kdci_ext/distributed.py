@@ -33,12 +33,28 @@ def gathered_rows(rows: Tensor, group: distributed.ProcessGroup | None = None) -
     """Return the rows of all processes, in the order of their ranks; all of them must call it.
 
     Args:
-        rows: This process's rows, [m, ...]; m may differ between processes and be 0.
+        rows: This process's rows, [m, ...] of any type; m may differ between processes and be 0,
+            the other dimensions and the type may not.
         group: The processes; by default all.
 
     Returns:
-        [n, ...] with n the sum of all m, without gradients.
+        [n, ...] with n the sum of all m, in the type of ``rows``, without gradients.
+
+    Raises:
+        TypeError: For rows that are no tensor.
+        ValueError: For a tensor without dimensions.
+
+    Example:
+        >>> store = torch.distributed.HashStore()
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> gathered_rows(torch.randn(5, 3)).shape
+        torch.Size([5, 3])
+        >>> torch.distributed.destroy_process_group()
     """
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows must be a tensor of shape [m, ...], got {type(rows).__name__}")
+    if rows.dim() == 0:
+        raise ValueError("rows must have shape [m, ...], got []: give [1] with rows[None]")
     counts = row_counts(rows, group)
     most = max(counts)
     if most == 0:
@@ -49,7 +65,15 @@ def gathered_rows(rows: Tensor, group: distributed.ProcessGroup | None = None) -
 
 
 def row_counts(rows: Tensor, group: distributed.ProcessGroup | None = None) -> list[int]:
-    """Return how many rows each process holds; all of them must call it."""
+    """Return how many rows each process holds; all of them must call it.
+
+    Args:
+        rows: This process's rows, [m, ...].
+        group: The processes; by default all.
+
+    Returns:
+        The m of each process, by rank.
+    """
     count = torch.tensor([len(rows)], device=rows.device)
     return torch.cat(streaming._gathered(count, group)).tolist()
 
@@ -66,7 +90,16 @@ def shared_generator(
 ) -> torch.Generator:
     """Return a generator that draws on all processes what the first one's would draw.
 
-    The first process's own generator draws; the others' are left as they are.
+    The first process's own generator draws; the others' are left as they are. All of them must
+    call it.
+
+    Args:
+        generator: This process's, or None for PyTorch's of the device.
+        device: Where the rows lie, and what processes exchange.
+        group: The processes; None for all.
+
+    Returns:
+        The first process's generator, on the others a copy of it.
     """
     drawn_on = device if generator is None else generator.device
     if generator is None:
@@ -84,9 +117,37 @@ def shared_generator(
 
 
 def share_bits(tensors: list[Tensor], group: distributed.ProcessGroup | None) -> None:
-    """Overwrite tensors by the first process's: machines of other kinds may round otherwise."""
+    """Overwrite tensors by the first process's: machines of other kinds may round otherwise.
+
+    Args:
+        tensors: Of the same shapes and types on all processes, all of which must call it.
+        group: The processes; None for all.
+    """
     for tensor in tensors:
         distributed.broadcast(tensor, _first(group), group=group)
+
+
+def check_finite_rows(
+    name: str, rows: Tensor, n: int, group: distributed.ProcessGroup | None
+) -> None:
+    """Refuse rows with NaN or Inf, whichever process holds them; all of them must call it.
+
+    Args:
+        name: What the error calls the rows.
+        rows: This process's rows, [m, d].
+        n: Rows of all processes.
+        group: The processes.
+
+    Raises:
+        ValueError: On all processes, where one holds such a row.
+    """
+    bad = torch.tensor(int((~torch.isfinite(rows)).any(1).sum()), device=rows.device)
+    distributed.all_reduce(bad, group=group)
+    if int(bad):
+        raise ValueError(
+            f"{name} must be finite: {int(bad)} of the {n} rows of all processes hold NaN "
+            "or Inf; drop these rows or find out where they arise"
+        )
 
 
 def distributed_confounder_dictionary(
@@ -123,7 +184,8 @@ def distributed_confounder_dictionary(
         max_iter: As for :func:`build_confounder_dictionary`.
         tol: As for :func:`build_confounder_dictionary`.
         momentum: As for :func:`build_confounder_dictionary`.
-        backend: As for :func:`kdci_ext.streaming.partial_sums`.
+        backend: As for :func:`kdci_ext.streaming.partial_sums`: shards of CUDA tensors are
+            clustered by plain PyTorch.
         group: The processes; by default all.
 
     Returns:
@@ -133,13 +195,13 @@ def distributed_confounder_dictionary(
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape or range, and for features that are not finite; on all
             processes, whichever holds them.
+        RuntimeError: For ``backend="native"`` where there is no native kernel, as for CUDA tensors.
 
     Example:
-        >>> from torch import distributed
-        >>> store = distributed.HashStore()
-        >>> distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> store = torch.distributed.HashStore()
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         >>> d = distributed_confounder_dictionary(torch.randn(100, 10), num_prototypes=8)
-        >>> distributed.destroy_process_group()
+        >>> torch.distributed.destroy_process_group()
         >>> d.prototypes.shape, d.labels.shape
         (torch.Size([8, 10]), torch.Size([100]))
     """
@@ -149,6 +211,7 @@ def distributed_confounder_dictionary(
     num_components = functional._num_components(pca_components, num_prototypes, d)
     _checks.choice("init", init, ("greedy", "plain"))
     functional._check_stopping(max_iter, tol, momentum)
+    _checks.generator(generator)
     if initial_prototypes is not None:
         _checks.tensor("initial_prototypes", initial_prototypes, ("K", "d"))
         _checks.size("initial_prototypes", initial_prototypes, 0, num_prototypes, "num_prototypes")
@@ -159,13 +222,7 @@ def distributed_confounder_dictionary(
         raise ValueError(
             f"num_prototypes={num_prototypes} must be <= the number of rows of all processes, {n}"
         )
-    bad = torch.tensor(int((~torch.isfinite(rows)).any(1).sum()), device=device)
-    distributed.all_reduce(bad, group=group)
-    if int(bad):
-        raise ValueError(
-            f"features_shard must be finite: {int(bad)} of the {n} rows of all processes hold NaN "
-            "or Inf; drop these rows or find out where they arise"
-        )
+    check_finite_rows("features_shard", rows, n, group)
 
     subspace = streaming.column_moments(rows).all_reduce(group).principal_subspace(num_components)
     if initial_prototypes is None:

@@ -3,7 +3,7 @@
 
 Each takes ``backend``: ``"native"`` is the C++/CUDA operator, ``"reference"`` the plain PyTorch of
 :mod:`kdci_ext.reference`, and ``"auto"`` the native one where it exists, else the reference with
-one warning that says why.
+one warning for each kind of device that says why.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def confounder_dictionary(
             Where that raised the inertia, the next one starts from the last means: the result is
             never worse for it.
         check_finite: Raise on NaN or Inf in ``features``. By default on for CPU tensors, where it
-            costs nothing, and off elsewhere, where it would stall the stream.
+            costs nothing, and off elsewhere, where it would stall the stream, and under
+            ``torch.compile``. Where it is off, the dictionary of such features holds NaN.
         backend: See the module.
 
     Returns:
@@ -111,7 +112,9 @@ def confounder_dictionary(
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For a wrong shape, device or range, and for features that are not finite.
+        ValueError: For a wrong shape, device or range, and for features that are not finite where
+            ``check_finite`` looks for them.
+        RuntimeError: With ``backend="native"`` where there is no native kernel.
 
     Example:
         >>> logits = torch.randn(256, 10)
@@ -130,6 +133,7 @@ def confounder_dictionary(
     num_components = _num_components(pca_components, num_prototypes, d)
     _checks.choice("init", init, ("greedy", "plain"))
     _check_stopping(max_iter, tol, momentum)
+    _checks.generator(generator)
     if features.requires_grad:
         features = features.detach()
     if initial_prototypes is not None:
@@ -138,9 +142,6 @@ def confounder_dictionary(
         _checks.size("initial_prototypes", initial_prototypes, 1, d, "number of feature columns")
         _checks.same_device({"features": features, "initial_prototypes": initial_prototypes})
         initial_prototypes = initial_prototypes.detach()
-
-    if check_finite is None:
-        check_finite = features.device.type == "cpu" and not torch.compiler.is_compiling()
 
     candidates = 1 if init == "plain" else 2 + int(math.log(num_prototypes))
     drawn_on = features.device if generator is None else generator.device
@@ -160,15 +161,36 @@ def confounder_dictionary(
             *(max_iter, float(tol), float(momentum)),
         )
     )
-    # The operators return NaN for inputs that are not finite, so that looking is free.
-    if check_finite and math.isnan(dictionary.inertia.item()):
-        if initial_prototypes is not None and not bool(torch.isfinite(initial_prototypes).all()):
-            raise ValueError("initial_prototypes must be finite, but hold NaN or Inf")
-        _raise_not_finite(features)
+    if _looks_for_nan(check_finite, features.device):
+        _check_found(dictionary, "features", features, "initial_prototypes", initial_prototypes)
     return dictionary
 
 
-def _check_stopping(max_iter: int, tol: float, momentum: float) -> None:
+def _looks_for_nan(check_finite: bool | None, device: torch.device) -> bool:
+    """Resolve ``check_finite``."""
+    if check_finite is None:
+        return device.type == "cpu" and not torch.compiler.is_compiling()
+    return check_finite
+
+
+def _check_found(
+    found: ConfounderDictionary, name: str, features: Tensor, start_name: str, start: Tensor | None
+) -> None:
+    """Refuse a dictionary of NaN, which the operators return for inputs that are not finite."""
+    if not math.isnan(found.inertia.item()):
+        return
+    if start is not None and not bool(torch.isfinite(start).all()):
+        raise ValueError(f"{start_name} must be finite, but hold NaN or Inf")
+    bad = (~torch.isfinite(features)).any(1).nonzero()
+    if len(bad) > 0:
+        raise ValueError(
+            f"{name} must be finite: {len(bad)} of {features.shape[0]} rows hold NaN or Inf, "
+            f"first row {int(bad[0])}; drop these rows or find out where they arise"
+        )
+    raise ValueError(f"{name} are too large: sums over their rows overflow float64")
+
+
+def _check_stopping(max_iter: int, tol: float, momentum: float = 0.0) -> None:
     _checks.positive_int("max_iter", max_iter)
     if _checks.finite_float("tol", tol) < 0:
         raise ValueError(f"tol={tol} must be >= 0")
@@ -180,22 +202,14 @@ def _num_components(pca_components: int | Literal["auto"], num_prototypes: int, 
     """Resolve ``pca_components`` for rows of width d."""
     if pca_components == "auto":
         return min(d, max(1, num_prototypes - 1))
-    num_components = _checks.positive_int("pca_components", pca_components)
-    if num_components > d:
-        raise ValueError(
-            f"pca_components={num_components} must be <= the number of feature columns, {d}"
-        )
-    return num_components
+    return _components("pca_components", pca_components, d)
 
 
-def _raise_not_finite(features: Tensor) -> None:
-    bad = (~torch.isfinite(features)).any(1).nonzero()
-    if len(bad) > 0:
-        raise ValueError(
-            f"features must be finite: {len(bad)} of {features.shape[0]} rows hold NaN or Inf, "
-            f"first row {int(bad[0])}; drop these rows or find out where they arise"
-        )
-    raise ValueError("features are too large: sums over their rows overflow float64")
+def _components(name: str, value: int, d: int) -> int:
+    """Check for a number of principal components of rows of width d."""
+    if _checks.positive_int(name, value) > d:
+        raise ValueError(f"{name}={value} must be <= the number of feature columns, {d}")
+    return value
 
 
 def compensate(
@@ -239,6 +253,9 @@ def compensate(
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape, device or value, and for an empty batch.
+        RuntimeError: With ``backend="native"`` where there is no native kernel; of the native one
+            also in a second derivative.
+        NotImplementedError: In forward-mode differentiation of the native kernel.
 
     Example:
         >>> d = confounder_dictionary(torch.randn(64, 10), 8)
@@ -298,6 +315,9 @@ def compensated_kd_loss(
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape, device or value, an empty batch, and a teacher that
             requires gradients.
+        RuntimeError: With ``backend="native"`` where there is no native kernel; of the native one
+            also in a second derivative.
+        NotImplementedError: In forward-mode differentiation of the native kernel.
 
     Example:
         >>> d = confounder_dictionary(torch.randn(64, 10), 8)
@@ -309,18 +329,7 @@ def compensated_kd_loss(
         >>> loss.backward()
     """
     _check_attention(student, prototypes, proportions, w_query, w_key, w_score, "student")
-    _checks.tensor("teacher", teacher, ("B", "d"))
-    if teacher.shape != student.shape:
-        raise ValueError(
-            f"teacher has shape {list(teacher.shape)}, but must have that of student, "
-            f"{list(student.shape)}"
-        )
-    _checks.same_device({"student": student, "teacher": teacher})
-    if torch.is_grad_enabled() and teacher.requires_grad:
-        raise ValueError(
-            "teacher requires gradients, but the loss takes it as a constant: compute it under "
-            "torch.no_grad() or pass teacher.detach()"
-        )
+    _check_teacher("teacher", teacher, "student", student)
     temperature = _checks.finite_float("temperature", temperature, above=0)
     posterior = _checks.choice("weighting", weighting, ("paper", "posterior")) == "posterior"
     tensors = (student, teacher, prototypes, proportions, w_query, w_key, w_score)
@@ -328,6 +337,22 @@ def compensated_kd_loss(
     if not _use_native(backend, student.device):
         return reference.compensated_kd_loss(*tensors, *options)
     return _ops.compensated_kd_loss(*tensors, *options)
+
+
+def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tensor) -> None:
+    """Check a teacher's logits against a student's that are known to be logits."""
+    _checks.tensor(name, teacher, ("B", "d"))
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"{name} has shape {list(teacher.shape)}, but must have that of {student_name}, "
+            f"{list(student.shape)}"
+        )
+    _checks.same_device({student_name: student, name: teacher})
+    if torch.is_grad_enabled() and teacher.requires_grad:
+        raise ValueError(
+            f"{name} requires gradients, but the loss takes it as a constant: compute it under "
+            f"torch.no_grad() or pass {name}.detach()"
+        )
 
 
 def _check_attention(

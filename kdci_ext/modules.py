@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from kdci_ext import _checks, reference
+from kdci_ext import _checks, functional, reference
 from kdci_ext.dictionary import ConfounderDictionary
 from kdci_ext.distributed import (
     GATHERED_ROWS,
+    check_finite_rows,
     distributed_confounder_dictionary,
     gathered_rows,
     row_counts,
@@ -50,20 +51,21 @@ class PriorCompensation(nn.Module):
         num_classes: d, the width of the logits.
         hidden_dim: H; the paper's 256.
         weighting: ``"paper"`` or ``"posterior"``; see :func:`kdci_ext.functional.compensate`.
-        scale: Factor on the prior; 1 is the paper.
+        scale: Factor on the prior, any finite number; 1 is the paper, 0 switches it off.
         attention: ``"learned"``, or, for the paper's ablation (Table 4), ``"uniform"``: all
             scores equal, or ``"random"``: normal scores, new at each call. The last two have no
             weights of attention.
-        attention_temperature: Ours: divisor of the scores; below 1 attention concentrates. 1 is
-            the paper.
-        init_gain: Ours: factor on the initial :math:`W_q, W_k, w_t`.
+        attention_temperature: Ours: divisor of the scores, > 0; below 1 attention concentrates. 1
+            is the paper.
+        init_gain: Ours: factor > 0 on the initial :math:`W_q, W_k, w_t`.
         projection: Ours: bring the prior into the logits by a learnable matrix,
             :math:`s'_b = s_b + W_p F_b` with :math:`W_p` [d, d] Xavier-normal at first.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size is below 1, a factor is not positive, or an option is unknown.
+        ValueError: If a size is below 1, ``scale`` is not finite, ``attention_temperature`` or
+            ``init_gain`` not finite and positive, or an option is unknown.
 
     Example:
         >>> compensation = PriorCompensation(num_classes=10)
@@ -112,6 +114,13 @@ class PriorCompensation(nn.Module):
         """Draw the weights anew from PyTorch's generator.
 
         Those of attention uniform in +- gain / sqrt(inputs), the projection Xavier-normal.
+
+        Example:
+            >>> compensation = PriorCompensation(num_classes=10)
+            >>> _ = torch.manual_seed(0)
+            >>> compensation.reset_parameters()
+            >>> bool(compensation.w_query.abs().max() < 10**-0.5)
+            True
         """
         if self.attention == "learned":
             for weight in (self.w_query, self.w_key, self.w_score):
@@ -120,7 +129,28 @@ class PriorCompensation(nn.Module):
             nn.init.xavier_normal_(self.w_project)
 
     def forward(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
-        """Return the compensated logits S', [B, d], of ``logits`` [B, d]."""
+        """Return the compensated logits S'.
+
+        Args:
+            logits: Student logits S, [B, d], float32, float64, bfloat16 or float16.
+            dictionary: Whose prior is added; of width d.
+
+        Returns:
+            [B, d] in the type of ``logits``; computed in float32, or float64 if an input is.
+
+        Raises:
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape or device, and for an empty batch.
+            RuntimeError: With ``backend="native"`` where there is no native kernel.
+
+        Example:
+            >>> compensation = PriorCompensation(num_classes=10, scale=0.0)
+            >>> d = confounder_dictionary(torch.randn(256, 10), num_prototypes=8)
+            >>> logits = torch.randn(32, 10)
+            >>> bool((compensation(logits, d) == logits).all())
+            True
+        """
+        self._check("logits", logits, dictionary)
         if self.w_project is None:
             return self._added(logits, dictionary)
         # In float32 at least, so that the difference is the prior and not rounding.
@@ -153,8 +183,8 @@ class PriorCompensation(nn.Module):
         """Return how each row attends to the prototypes, to be looked at: lambda, [B, K].
 
         Args:
-            logits: Student logits S, [B, d].
-            dictionary: Whose prototypes are attended to.
+            logits: Student logits S, [B, d], float32, float64, bfloat16 or float16.
+            dictionary: Whose prototypes are attended to; of width d.
 
         Returns:
             float32, or float64 if an input is; rows sum to 1. With ``weighting="posterior"`` the
@@ -162,7 +192,7 @@ class PriorCompensation(nn.Module):
 
         Raises:
             TypeError: For an argument of the wrong type.
-            ValueError: For a wrong shape.
+            ValueError: For a wrong shape or device, and for an empty batch.
 
         Example:
             >>> compensation = PriorCompensation(num_classes=10)
@@ -170,11 +200,10 @@ class PriorCompensation(nn.Module):
             >>> compensation.attention_weights(torch.randn(32, 10), d).shape
             torch.Size([32, 8])
         """
-        prototypes, proportions = dictionary.prototypes, dictionary.proportions
-        _checks.tensor("logits", logits, ("B", "d"))
-        _checks.size("logits", logits, 1, prototypes.shape[1], "number of prototype columns")
+        self._check("logits", logits, dictionary)
         if self.attention != "learned":
             return self._fixed_weights(logits, dictionary)
+        prototypes, proportions = dictionary.prototypes, dictionary.proportions
         rows = max(1, DIAGNOSED_VALUES // (len(prototypes) * self.hidden_dim))
         posterior = self.weighting == "posterior"
         parts = [
@@ -190,7 +219,37 @@ class PriorCompensation(nn.Module):
         dictionary: ConfounderDictionary,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Return KL_T(teacher || S'), []; see ``functional.compensated_kd_loss``."""
+        """Return KL_T(teacher || S'), batch mean times T^2.
+
+        See :func:`kdci_ext.functional.compensated_kd_loss`.
+
+        Args:
+            student_logits: S, [B, d], float32, float64, bfloat16 or float16.
+            teacher_logits: [B, d], a constant: it must not require gradients.
+            dictionary: Whose prior is added to S; of width d.
+            temperature: T > 0.
+
+        Returns:
+            The loss, [] float32, or float64 if an input is.
+
+        Raises:
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape, device or value, an empty batch, and a teacher that
+                requires gradients.
+            RuntimeError: With ``backend="native"`` where there is no native kernel.
+
+        Example:
+            >>> compensation = PriorCompensation(num_classes=10)
+            >>> d = confounder_dictionary(torch.randn(256, 10), num_prototypes=8)
+            >>> s, t = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
+            >>> compensation.loss(s, t, d, temperature=4.0).backward()
+            >>> s.grad.shape
+            torch.Size([32, 10])
+        """
+        self._check("student_logits", student_logits, dictionary)
+        functional._check_teacher(
+            "teacher_logits", teacher_logits, "student_logits", student_logits
+        )
         if self.attention != "learned" or self.w_project is not None:
             _checks.finite_float("temperature", temperature, above=0)
             compensated = self(student_logits, dictionary)
@@ -211,11 +270,33 @@ class PriorCompensation(nn.Module):
             backend=self.backend,
         )
 
+    def _check(self, name: str, logits: Tensor, dictionary: ConfounderDictionary) -> None:
+        """Check what all methods take; ``name`` is what the caller calls ``logits``."""
+        if not isinstance(dictionary, ConfounderDictionary):
+            raise TypeError(
+                f"dictionary must be a ConfounderDictionary, got {type(dictionary).__name__}: make "
+                "one with build_confounder_dictionary(teacher_logits, num_prototypes)"
+            )
+        prototypes, proportions = dictionary.prototypes, dictionary.proportions
+        _check_logits(name, logits, self.num_classes)
+        _checks.tensor("dictionary.prototypes", prototypes, ("K", "d"))
+        _checks.size("dictionary.prototypes", prototypes, 1, self.num_classes, "num_classes")
+        _checks.tensor("dictionary.proportions", proportions, ("K",))
+        _checks.size(
+            *("dictionary.proportions", proportions, 0, prototypes.shape[0]),
+            "number of prototypes",
+        )
+        weight = self.w_query if self.attention == "learned" else self.w_project
+        module = {} if weight is None else {"the module": weight}
+        dictionary_tensors = {
+            "dictionary.prototypes": prototypes,
+            "dictionary.proportions": proportions,
+        }
+        _checks.same_device({**module, name: logits, **dictionary_tensors})
+
     def _with_fixed_attention(self, logits: Tensor, dictionary: ConfounderDictionary) -> Tensor:
         """Compensate with equal or random scores, which need no attention kernel."""
         prototypes, proportions = dictionary.prototypes, dictionary.proportions
-        _checks.tensor("logits", logits, ("B", "d"))
-        _checks.size("logits", logits, 1, prototypes.shape[1], "number of prototype columns")
         weights = self._fixed_weights(logits, dictionary)
         values = prototypes if self.weighting == "posterior" else proportions[:, None] * prototypes
         return logits + (self.scale * (weights @ values)).to(logits.dtype)
@@ -283,11 +364,17 @@ class KDCI(nn.Module):
         warm_start: Let every :meth:`update` but the first start from the prototypes of the last
             one instead of k-means++: fewer iterations where a generator's batches change slowly,
             and prototypes that keep their places.
+        check_finite: Let :meth:`update` raise on NaN or Inf. By default on for CPU tensors, and off
+            elsewhere, where it would stall the stream, and under ``torch.compile``. Where it is
+            off, the dictionary of such logits holds NaN, and with ``warm_start`` so do those that
+            begin from it. The rows of a ``group`` beyond
+            :data:`kdci_ext.distributed.GATHERED_ROWS` are always looked at.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size is below 1, or an option is unknown.
+        ValueError: If a size is below 1, a number out of range, ``pca_components`` above the width
+            of the logits, or an option unknown.
 
     Example:
         >>> kdci = KDCI(num_classes=10, num_prototypes=8)
@@ -317,6 +404,7 @@ class KDCI(nn.Module):
         max_iter: int = 50,
         tol: float = 2e-4,
         warm_start: bool = False,
+        check_finite: bool | None = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -333,16 +421,19 @@ class KDCI(nn.Module):
         self.num_prototypes = _checks.positive_int("num_prototypes", num_prototypes)
         self.prototype_source = _checks.choice("prototypes", prototypes, get_args(Prototypes))
         self.proportion_source = _checks.choice("proportions", proportions, ("frequency", "none"))
-        self.pca_components = pca_components
-        self.max_iter = _checks.positive_int("max_iter", max_iter)
-        self.tol = _checks.finite_float("tol", tol)
+        functional._check_stopping(max_iter, tol)
+        self.max_iter = max_iter
+        self.tol = float(tol)
         self.warm_start = warm_start
+        self.check_finite = check_finite
         self.dictionary_dim = num_classes
         self.w_map: nn.Parameter | None = None
         if dictionary_dim is not None:
             self.dictionary_dim = _checks.positive_int("dictionary_dim", dictionary_dim)
             self.w_map = nn.Parameter(torch.empty(num_classes, dictionary_dim))
             _init_like_linear(self.w_map)
+        functional._num_components(pca_components, num_prototypes, self.dictionary_dim)
+        self.pca_components = pca_components
         # NaN until the first update, so that a dictionary nobody built cannot pass unseen.
         nan = float("nan")
         self.register_buffer("prototypes", torch.full((num_prototypes, self.dictionary_dim), nan))
@@ -373,9 +464,9 @@ class KDCI(nn.Module):
         each would have a dictionary of its own.
 
         Args:
-            teacher_logits: M, [n, d] with n >= num_prototypes: one synthetic mini-batch, or all
-                sampled data. With ``dictionary_dim`` the other model's logits of the same images,
-                [n, dictionary_dim].
+            teacher_logits: M, [n, d] with n >= num_prototypes, float32, float64, bfloat16 or
+                float16: one synthetic mini-batch, or all sampled data. With ``dictionary_dim`` the
+                other model's logits of the same images, [n, dictionary_dim].
             generator: Source of the random draws; with ``group`` that of its first process.
             group: Processes whose rows are clustered together, each with at least 0 rows; by
                 default this one alone.
@@ -385,32 +476,56 @@ class KDCI(nn.Module):
 
         Raises:
             TypeError: For an argument of the wrong type.
-            ValueError: For a wrong shape, fewer rows than prototypes, and NaN or Inf.
+            ValueError: For a wrong shape or device, fewer rows than prototypes (with ``group``: of
+                all processes), and NaN or Inf where ``check_finite`` looks for them.
+            RuntimeError: With ``backend="native"`` where there is no native kernel.
+
+        Example:
+            >>> kdci = KDCI(num_classes=10, num_prototypes=8)
+            >>> found = kdci.update(torch.randn(256, 10), torch.Generator().manual_seed(0))
+            >>> found.labels.shape, kdci.is_ready, torch.equal(kdci.prototypes, found.prototypes)
+            (torch.Size([256]), True, True)
         """
         _checks.tensor("teacher_logits", teacher_logits, ("n", "d"))
         width = "num_classes" if self.w_map is None else "dictionary_dim"
         _checks.size("teacher_logits", teacher_logits, 1, self.dictionary_dim, width)
         _checks.same_device({"kdci": self.prototypes, "teacher_logits": teacher_logits})
+        _checks.generator(generator)
         rows = teacher_logits
-        cluster: Callable[..., ConfounderDictionary] = confounder_dictionary
+        # What is not finite is looked for here, where its name is known.
+        cluster: Callable[..., ConfounderDictionary]
+        cluster = functools.partial(confounder_dictionary, check_finite=False)
+        counts = [len(rows)] if group is None else row_counts(rows, group)
+        if sum(counts) < self.num_prototypes:
+            whose = "" if group is None else " in all processes"
+            raise ValueError(
+                f"teacher_logits has {sum(counts)} rows{whose}, but must have at least "
+                f"num_prototypes={self.num_prototypes}: give more, or make a KDCI of fewer"
+            )
+        is_whole = True
         if group is not None:
             generator = shared_generator(generator, rows.device, group)
-            counts = row_counts(rows, group)
-            if sum(counts) <= GATHERED_ROWS:
+            is_whole = sum(counts) <= GATHERED_ROWS
+            if is_whole:
                 rows = gathered_rows(rows, group)
             else:
+                check_finite_rows("teacher_logits", rows, sum(counts), group)
                 cluster = functools.partial(distributed_confounder_dictionary, group=group)
+        start = self.prototypes if self.warm_start and self._ready else None
         found = cluster(
             *(rows, self.num_prototypes, self.pca_components),
             generator=generator,
-            initial_prototypes=self.prototypes if self.warm_start and self._ready else None,
+            initial_prototypes=start,
             max_iter=self.max_iter,
             tol=self.tol,
             backend=self.compensation.backend,
         )
+        if is_whole and functional._looks_for_nan(self.check_finite, rows.device):
+            start_name = "the prototypes of the last update"
+            functional._check_found(found, "teacher_logits", rows, start_name, start)
         prototypes, proportions = found.prototypes, found.proportions
         if self.prototype_source != "kmeans":
-            across = None if cluster is confounder_dictionary else group
+            across = None if is_whole else group
             prototypes = self._instead_of(prototypes, rows, generator, across)
         if self.proportion_source == "none" or self.prototype_source == "classes":
             proportions = torch.ones_like(proportions)
@@ -420,7 +535,7 @@ class KDCI(nn.Module):
         if group is None:
             return found
         share_bits([self.prototypes, self.proportions], group)
-        if rows is teacher_logits:
+        if not is_whole:
             return found
         first = sum(counts[: distributed.get_rank(group)])
         return replace(found, labels=found.labels[first : first + len(teacher_logits)])
@@ -459,31 +574,87 @@ class KDCI(nn.Module):
         """Return how each row attends to the prototypes, to be looked at: lambda, [B, K].
 
         See :meth:`PriorCompensation.attention_weights`.
+
+        Args:
+            student_logits: S, [B, d], float32, float64, bfloat16 or float16.
+
+        Returns:
+            float32, or float64 if an input is; rows sum to 1.
+
+        Raises:
+            RuntimeError: Before the first :meth:`update`.
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape or device, and for an empty batch.
+
+        Example:
+            >>> kdci = KDCI(num_classes=10, num_prototypes=8)
+            >>> _ = kdci.update(torch.randn(256, 10))
+            >>> kdci.attention_weights(torch.randn(32, 10)).shape
+            torch.Size([32, 8])
         """
+        self._check("student_logits", student_logits)
         return self.compensation.attention_weights(student_logits, self._dictionary())
 
     def forward(self, student_logits: Tensor) -> Tensor:
-        """Return the compensated logits S', [B, d], of ``student_logits`` [B, d]."""
+        """Return the compensated logits S'.
+
+        Args:
+            student_logits: S, [B, d], float32, float64, bfloat16 or float16.
+
+        Returns:
+            [B, d] in the type of ``student_logits``.
+
+        Raises:
+            RuntimeError: Before the first :meth:`update`, and with ``backend="native"`` where there
+                is no native kernel.
+            TypeError: For an argument of the wrong type.
+            ValueError: For a wrong shape or device, and for an empty batch.
+
+        Example:
+            >>> kdci = KDCI(num_classes=10, num_prototypes=8)
+            >>> _ = kdci.update(torch.randn(256, 10))
+            >>> kdci(torch.randn(32, 10)).shape
+            torch.Size([32, 10])
+        """
+        self._check("student_logits", student_logits)
         return self.compensation(student_logits, self._dictionary())  # type: ignore[no-any-return]
 
     def loss(
         self, student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
     ) -> Tensor:
-        """Return the distillation loss KL_T(teacher || S'), [], batch mean times T^2.
+        """Return the distillation loss KL_T(teacher || S'), batch mean times T^2.
 
         Args:
-            student_logits: S, [B, d].
-            teacher_logits: [B, d], without gradients.
+            student_logits: S, [B, d], float32, float64, bfloat16 or float16.
+            teacher_logits: [B, d], a constant: it must not require gradients.
             temperature: T > 0.
 
+        Returns:
+            The loss, [] float32, or float64 if an input is.
+
         Raises:
-            RuntimeError: Before the first :meth:`update`.
+            RuntimeError: Before the first :meth:`update`, and with ``backend="native"`` where there
+                is no native kernel.
             TypeError: For an argument of the wrong type.
-            ValueError: For a wrong shape, device or value.
+            ValueError: For a wrong shape, device or value, an empty batch, and a teacher that
+                requires gradients.
+
+        Example:
+            >>> kdci = KDCI(num_classes=10, num_prototypes=8)
+            >>> _ = kdci.update(torch.randn(256, 10))
+            >>> s, t = torch.randn(32, 10, requires_grad=True), torch.randn(32, 10)
+            >>> kdci.loss(s, t, temperature=20.0).backward()
+            >>> s.grad.shape, kdci.compensation.w_query.grad.shape
+            (torch.Size([32, 10]), torch.Size([256, 10]))
         """
         return self.compensation.loss(
             student_logits, teacher_logits, self._dictionary(), temperature
         )
+
+    def _check(self, name: str, logits: Tensor) -> None:
+        """Check logits that the caller calls ``name``."""
+        _check_logits(name, logits, self.compensation.num_classes)
+        _checks.same_device({"kdci": self.prototypes, name: logits})
 
     def _dictionary(self) -> ConfounderDictionary:
         if not self._ready:
@@ -509,6 +680,11 @@ class KDCI(nn.Module):
             f"proportions={self.proportion_source!r}, dictionary_dim={self.dictionary_dim}, "
             f"ready={self._ready}"
         )
+
+
+def _check_logits(name: str, logits: Tensor, num_classes: int) -> None:
+    _checks.not_empty(name, _checks.tensor(name, logits, ("B", "d")))
+    _checks.size(name, logits, 1, num_classes, "num_classes")
 
 
 def _init_like_linear(weight: nn.Parameter, gain: float = 1.0) -> None:

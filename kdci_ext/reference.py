@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The operators in plain PyTorch, for every device that PyTorch has.
 
-The signatures and the algorithm are those of ``torch.ops.kdci_ext.*``; tests and benchmarks hold
-the native kernels to these functions, and they serve where the native library is missing.
-Gradients come from autograd. Arguments are not validated: :mod:`kdci_ext.functional` does that.
+The algorithm is that of ``torch.ops.kdci_ext.*``; tests and benchmarks hold the native kernels to
+these functions, and they serve where the native library is missing. ``confounder_dictionary``,
+``assign_rows`` and ``compensate`` take and return what the operators do. Gradients come from
+autograd. So ``compensate_backward`` has no twin here, and ``compensated_kd_loss`` returns the loss
+alone, where the operator takes two more arguments (``need_grad``, ``dictionary_grad``) and returns
+six gradients besides.
+
+Arguments are not validated: :mod:`kdci_ext.functional` does that.
 """
 
 from __future__ import annotations
@@ -21,7 +26,14 @@ INERTIA_ROUNDING = 1e-9
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the type to compute in: float64 if any input is float64, else float32."""
+    """Return the type to compute in.
+
+    Args:
+        *tensors: The inputs.
+
+    Returns:
+        float64 if any input is float64, else float32.
+    """
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -46,8 +58,15 @@ def confounder_dictionary(
         momentum: How far the centres go beyond the means, in steps of the last one.
 
     Returns:
-        prototypes [K, d], proportions [K], labels [n] int64, inertia [] float64 and the
-        number of iterations [] int64.
+        prototypes [K, d] and proportions [K], float32 (float64 for float64 features), labels [n]
+        int64, inertia [] float64 and the number of iterations [] int64. All but the labels and the
+        number of iterations are NaN where an input is not finite.
+
+    Example:
+        >>> rows, uniforms = torch.randn(256, 10), torch.rand(8, 4, dtype=torch.float64)
+        >>> found = reference.confounder_dictionary(rows, uniforms, None, 7, 50, 2e-4, 0.9)
+        >>> [tuple(value.shape) for value in found]
+        [(8, 10), (8,), (256,), (), ()]
     """
     num_prototypes = uniforms.shape[0]
     dtype = accumulate_dtype(features)
@@ -266,6 +285,13 @@ def assign_rows(
     Returns:
         labels [m] int64, of equally near centres the lowest index; squared distances [m] float64,
         0 where rounding alone can be the cause; and the sums [K, d] float64 of each label's rows.
+
+    Example:
+        >>> rows = torch.tensor([[0.0], [1.0], [10.0]])
+        >>> mean, centers = torch.zeros(1).double(), torch.tensor([[0.0], [10.0]]).double()
+        >>> labels, distances, sums = reference.assign_rows(rows, mean, None, centers)
+        >>> labels.tolist(), distances.tolist(), sums.tolist()
+        ([0, 0, 1], [0.0, 1.0, 0.0], [[1.0], [10.0]])
     """
     rows = features.double()
     points = rows - mean if basis is None else (rows - mean) @ basis
@@ -311,8 +337,16 @@ def compensate(
         scale: Factor on the prior.
 
     Returns:
-        The compensated logits [B, d] in the type of ``logits``, the attention weights [B, K],
-        and the pre-activations of query [B, H] and key [K, H].
+        The compensated logits [B, d] in the type of ``logits``, and in float32, or float64 if an
+        input is, the attention weights [B, K] and the pre-activations of query [B, H] and key
+        [K, H].
+
+    Example:
+        >>> s, z, p = torch.randn(4, 10), torch.randn(8, 10), torch.full((8,), 1 / 8)
+        >>> w_query, w_key, w_score = torch.randn(16, 10), torch.randn(16, 10), torch.randn(16)
+        >>> found = reference.compensate(s, z, p, w_query, w_key, w_score, False, 1.0)
+        >>> [tuple(value.shape) for value in found]
+        [(4, 10), (4, 8), (4, 16), (8, 16)]
     """
     inputs = (logits, prototypes, proportions, w_query, w_key, w_score)
     dtype = accumulate_dtype(*inputs)
@@ -358,7 +392,14 @@ def compensated_kd_loss(
         scale: As for :func:`compensate`.
 
     Returns:
-        T^2 times the mean over the batch of the divergence, [].
+        T^2 times the mean over the batch of the divergence, [] float32, or float64 if an input is.
+
+    Example:
+        >>> s, t = torch.randn(4, 10), torch.randn(4, 10)
+        >>> z, p = torch.randn(8, 10), torch.full((8,), 1 / 8)
+        >>> weights = torch.randn(16, 10), torch.randn(16, 10), torch.randn(16)
+        >>> reference.compensated_kd_loss(s, t, z, p, *weights, 4.0, False, 1.0).shape
+        torch.Size([])
     """
     dtype = accumulate_dtype(student, teacher, prototypes, proportions, w_query, w_key, w_score)
     compensated, *_ = compensate(

@@ -62,6 +62,12 @@ class PrincipalSubspace:
         basis: Orthonormal leading principal directions, [d, q] float64, or None for all of
             them, where a projection would only rotate.
         variance: Mean variance of the projected columns, [] float64.
+
+    Example:
+        >>> rows = torch.randn(64, 10)
+        >>> subspace = column_moments(rows).principal_subspace(3)
+        >>> subspace.mean.shape, subspace.basis.shape, subspace.variance.dtype
+        (torch.Size([10]), torch.Size([10, 3]), torch.float64)
     """
 
     mean: Tensor
@@ -69,7 +75,19 @@ class PrincipalSubspace:
     variance: Tensor
 
     def project(self, rows: Tensor) -> Tensor:
-        """Return the coordinates [m, q] float64 of ``rows`` [m, d]."""
+        """Return the coordinates of rows. Arguments are not validated.
+
+        Args:
+            rows: [m, d], any floating type.
+
+        Returns:
+            [m, q] float64.
+
+        Example:
+            >>> rows = torch.randn(64, 10)
+            >>> column_moments(rows).principal_subspace(3).project(rows).shape
+            torch.Size([64, 3])
+        """
         centered = rows.double() - self.mean
         return centered if self.basis is None else centered @ self.basis
 
@@ -83,6 +101,13 @@ class ColumnMoments:
         mean: Column means, [d] float64; 0 without rows.
         scatter: Sum over the rows of the outer products of their offsets from ``mean``, [d, d]
             float64: ``count`` times the covariance.
+
+    Example:
+        >>> rows = torch.randn(100, 4).double()
+        >>> moments = column_moments(rows[:70]) + column_moments(rows[70:])
+        >>> int(moments.count)
+        100
+        >>> torch.testing.assert_close(moments.scatter / 100, rows.T.cov(correction=0))
     """
 
     count: Tensor
@@ -100,7 +125,21 @@ class ColumnMoments:
         )
 
     def all_reduce(self, group: distributed.ProcessGroup | None = None) -> ColumnMoments:
-        """Return the moments of all processes' rows; every process of ``group`` must call it."""
+        """Return the moments of all processes' rows; every process of ``group`` must call it.
+
+        Args:
+            group: The processes; by default all.
+
+        Returns:
+            The moments, the same on all processes.
+
+        Example:
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> int(column_moments(torch.randn(64, 10)).all_reduce().count)
+            64
+            >>> torch.distributed.destroy_process_group()
+        """
         count = self.count.clone()
         distributed.all_reduce(count, group=group)
         mean = self.mean * (self.count.double() / count.clamp(min=1))
@@ -121,6 +160,7 @@ class ColumnMoments:
             from the next.
 
         Raises:
+            TypeError: For a number of components that is no int.
             ValueError: For a wrong number of components, and where the moments are of no rows or
                 not finite.
 
@@ -129,7 +169,7 @@ class ColumnMoments:
             torch.Size([10, 3])
         """
         d = len(self.mean)
-        num_components = functional._num_components(num_components, 1, d)
+        functional._components("num_components", num_components, d)
         count = int(self.count)
         if count == 0:
             raise ValueError("the moments are of no rows: there is no subspace to choose")
@@ -159,6 +199,13 @@ class PartialSums:
             descending; 0 fills up where there are fewer rows.
         far_rows: These rows, [K, d] float64: where an empty cluster goes.
         far_labels: Their clusters, [K] int64.
+
+    Example:
+        >>> rows = torch.randn(64, 10)
+        >>> subspace = column_moments(rows).principal_subspace(3)
+        >>> one, other = (partial_sums(part, rows[:8], subspace)[0] for part in rows.split(40))
+        >>> int((one + other).counts.sum())
+        64
     """
 
     sums: Tensor
@@ -182,7 +229,24 @@ class PartialSums:
         )
 
     def all_reduce(self, group: distributed.ProcessGroup | None = None) -> PartialSums:
-        """Return the sums over all processes' rows; every process of ``group`` must call it."""
+        """Return the sums over all processes' rows; every process of ``group`` must call it.
+
+        Args:
+            group: The processes; by default all.
+
+        Returns:
+            The sums, the same on all processes.
+
+        Example:
+            >>> rows = torch.randn(64, 10)
+            >>> subspace = column_moments(rows).principal_subspace(3)
+            >>> sums, _ = partial_sums(rows, rows[:8], subspace)
+            >>> store = torch.distributed.HashStore()
+            >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            >>> int(sums.all_reduce().counts.sum())
+            64
+            >>> torch.distributed.destroy_process_group()
+        """
         sums, counts, inertia = self.sums.clone(), self.counts.clone(), self.inertia.clone()
         for total in (sums, counts, inertia):
             distributed.all_reduce(total, group=group)
@@ -198,17 +262,42 @@ class PartialSums:
         centres; where all rows are at their centres an empty cluster stays.
 
         Args:
-            prototypes: Those that the rows were assigned to, [K, d].
+            prototypes: Those that the rows were assigned to, [K, d], any floating type.
 
         Returns:
             [K, d] float64.
+
+        Raises:
+            TypeError: For prototypes of the wrong type.
+            ValueError: For prototypes of a wrong shape.
+
+        Example:
+            >>> rows = torch.tensor([[0.0], [1.0], [10.0]])
+            >>> prototypes = rows[[0, 2]]
+            >>> sums, _ = partial_sums(rows, prototypes, column_moments(rows).principal_subspace(1))
+            >>> sums.means(prototypes).tolist()
+            [[0.5], [10.0]]
         """
+        _checks.tensor("prototypes", prototypes, ("K", "d"))
+        _checks.size("prototypes", prototypes, 0, self.sums.shape[0], "number of clusters")
+        _checks.size("prototypes", prototypes, 1, self.sums.shape[1], "number of columns of rows")
         filled = self.filled()
         counts = filled.counts[:, None]
         return torch.where(counts > 0, filled.sums / counts.clamp(min=1), prototypes.double())
 
     def filled(self) -> PartialSums:
-        """Return the sums with rows moved to empty clusters, as `means` does; else ``self``."""
+        """Move rows to empty clusters, as :meth:`means` does.
+
+        Returns:
+            The sums and counts after it; ``self`` where no row was moved.
+
+        Example:
+            >>> rows = torch.tensor([[0.0], [1.0], [10.0]])
+            >>> centres = torch.tensor([[0.0], [1.0], [50.0]])
+            >>> sums, _ = partial_sums(rows, centres, column_moments(rows).principal_subspace(1))
+            >>> sums.counts.tolist(), sums.filled().counts.tolist()
+            ([1, 2, 0], [1, 1, 1])
+        """
         empty = (self.counts == 0).nonzero()[:, 0]
         empty = empty[self.far_distances[: len(empty)] > 0]
         if len(empty) == 0:
@@ -222,7 +311,21 @@ class PartialSums:
         return replace(self, sums=sums, counts=counts)
 
     def between_clusters(self, subspace: PrincipalSubspace) -> Tensor:
-        """Return the rows' sum of squares about their mean, less that about the clusters', []."""
+        """Return the rows' sum of squares about their mean, less that about the clusters' means.
+
+        Args:
+            subspace: Where squares are measured.
+
+        Returns:
+            [] float64, >= 0.
+
+        Example:
+            >>> rows = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+            >>> subspace = column_moments(rows).principal_subspace(1)
+            >>> sums, _ = partial_sums(rows, rows[[0, 3]], subspace)
+            >>> float(sums.between_clusters(subspace))  # of 101 about 5.5, 1 is within clusters
+            100.0
+        """
         counts = self.counts[:, None]
         means = subspace.project(self.sums / counts.clamp(min=1))
         return (counts * means.square()).sum()
@@ -288,9 +391,11 @@ def partial_sums(
         features: Rows [m, d], float32, float64, bfloat16 or float16; m may be 0.
         prototypes: Current prototypes, [K, d], in the space of ``features``.
         subspace: Where distances are measured; from :meth:`ColumnMoments.principal_subspace`.
-        backend: ``"native"`` is a C++ operator for CPU tensors, which measures distances in float32
-            for float32 and narrower features; ``"reference"`` the plain PyTorch of
-            :mod:`kdci_ext.reference`, in float64, which also serves other devices.
+        backend: ``"native"`` is a C++ operator for CPU tensors alone, which measures distances in
+            float32 for float32 and narrower features; ``"reference"`` the plain PyTorch of
+            :mod:`kdci_ext.reference`, in float64. ``"auto"`` takes the first for CPU tensors and
+            the second for all others: there is no CUDA kernel, and in a build with CUDA no warning
+            says so.
 
     Returns:
         The shard's sums, and the label of each row, [m] int64. Of equally near prototypes a row
@@ -299,7 +404,7 @@ def partial_sums(
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For a wrong shape or device.
-        RuntimeError: For ``backend="native"`` where there is no native kernel.
+        RuntimeError: For ``backend="native"`` where there is no native kernel, as for CUDA tensors.
 
     Example:
         >>> rows = torch.tensor([[0.0], [1.0], [10.0]])
@@ -310,6 +415,11 @@ def partial_sums(
     """
     _checks.tensor("features", features, ("m", "d"))
     _checks.not_empty("prototypes", _checks.tensor("prototypes", prototypes, ("K", "d")))
+    if not isinstance(subspace, PrincipalSubspace):
+        raise TypeError(
+            f"subspace must be a PrincipalSubspace, got {type(subspace).__name__}: make one with "
+            "column_moments(features).principal_subspace(num_components)"
+        )
     d = features.shape[1]
     _checks.size("prototypes", prototypes, 1, d, "number of columns of features")
     _checks.size("subspace.mean", subspace.mean, 0, d, "number of columns of features")
@@ -534,7 +644,8 @@ def stream_confounder_dictionary(
         chunk_rows: Rows worked on at a time.
         sample_rows: Rows in the sample, at least K.
         device: Where to compute, and where the result lies; by default where the chunks are.
-        backend: As for :func:`partial_sums`; the sample is clustered with it too.
+        backend: As for :func:`partial_sums`: passes over CUDA tensors are plain PyTorch. The
+            sample is clustered with it too, by a native kernel where ``"auto"`` finds one.
 
     Returns:
         The dictionary, with the labels of all rows in the order of the source. It is that of
@@ -556,6 +667,7 @@ def stream_confounder_dictionary(
     _checks.positive_int("num_prototypes", num_prototypes)
     _checks.choice("init", init, ("greedy", "plain"))
     functional._check_stopping(max_iter, tol, momentum)
+    _checks.generator(generator)
     _checks.positive_int("chunk_rows", chunk_rows)
     if _checks.positive_int("sample_rows", sample_rows) < num_prototypes:
         raise ValueError(

@@ -20,6 +20,7 @@ from benchmarks.data import CHUNK, teacher_like_logits
 from benchmarks.harness import Contender, Timer, measure
 from benchmarks.peers import PEERS, Peer, Problem, Solution, plain_torch
 from benchmarks.quality import Judge, mean_and_error
+from benchmarks.study import save_study
 from python_models.cli import main
 
 ROOT = harness.ROOT
@@ -408,6 +409,36 @@ def test_the_readme_shows_the_saved_figures() -> None:
     assert report.fill_readme(text) == text
     with pytest.raises(ValueError, match="bench:dictionary"):
         report.fill_readme("no markers")
+
+
+def test_what_a_study_found_is_kept_with_its_origin(tmp_path: Path) -> None:
+    """All under the study's name, nothing of an earlier copy, and no run of unknown code."""
+    folder, results = tmp_path / "run", tmp_path / "results"
+    folder.mkdir()
+    results.mkdir()
+    with pytest.raises(FileNotFoundError, match="give the folder of a study"):
+        save_study(folder, results)
+    (folder / "table.md").write_text("# Study tiny\n")
+    (folder / "curves.png").write_bytes(b"png")
+    for name in ("health", "timings"):
+        (folder / f"{name}.csv").write_text(f"study\n{name}\n")
+    (folder / "results.csv").write_text("study,commit\n")
+    with pytest.raises(ValueError, match="holds no run that is done"):
+        save_study(folder, results)
+    (folder / "results.csv").write_text("study,commit\ntiny,\n")
+    with pytest.raises(ValueError, match="runs of unknown code"):
+        save_study(folder, results)
+    (folder / "results.csv").write_text("study,commit\ntiny,abc\n")
+    for name in ("study-tiny-old.png", "study-tinyer.csv"):
+        (results / name).touch()
+    page = save_study(folder, results).read_text()
+    assert page.startswith("# Study tiny\n")
+    assert "at commit abc on " in page
+    assert "![curves](study-tiny-curves.png)" in page
+    assert {path.name for path in results.iterdir()} == {
+        *("study-tiny.md", "study-tiny.csv", "study-tiny-health.csv", "study-tiny-timings.csv"),
+        *("study-tiny-curves.png", "study-tinyer.csv"),
+    }
 
 
 def test_result_files_name_no_host_and_no_path() -> None:

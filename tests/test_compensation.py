@@ -546,10 +546,115 @@ def test_bad_sizes_of_kdci(arguments):
 
 def test_update_wants_enough_rows_of_the_right_width():
     kdci = KDCI(10, 8)
-    with pytest.raises(ValueError, match="num_prototypes=8 must be <= the number of feature rows"):
+    with pytest.raises(ValueError, match=r"teacher_logits has 4 rows, .* least num_prototypes=8"):
         kdci.update(torch.randn(4, 10))
     with pytest.raises(ValueError, match="dimension 1 must be 10, the num_classes"):
         kdci.update(torch.randn(20, 9))
-    with pytest.raises(ValueError, match="rows hold NaN or Inf"):
+    with pytest.raises(ValueError, match="teacher_logits must be finite: 20 of 20 rows hold NaN"):
         kdci.update(torch.full((20, 10), float("nan")))
     assert not kdci.is_ready
+
+
+def test_update_looks_for_nan_where_check_finite_says_so():
+    """Switched off the dictionary is NaN, which a refused update never leaves behind."""
+    bad = torch.randn(20, 4)
+    bad[7, 2] = torch.inf
+    unchecked = KDCI(4, 3, check_finite=False)
+    assert unchecked.update(bad).prototypes.isnan().all()
+    checked = KDCI(4, 3, check_finite=True)
+    checked.update(torch.randn(20, 4))
+    before = checked.prototypes.clone()
+    with pytest.raises(ValueError, match=r"teacher_logits must be finite: 1 of 20 .* first row 7"):
+        checked.update(bad)
+    assert torch.equal(checked.prototypes, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tol": -1}, ValueError, "tol=-1 must be >= 0"),
+        ({"max_iter": 0}, ValueError, "max_iter=0 must be at least 1"),
+        ({"pca_components": 99}, ValueError, "pca_components=99 must be <= .* 10"),
+        ({"pca_components": 10, "dictionary_dim": 5}, ValueError, "pca_components=10 .* 5"),
+        ({"pca_components": "all"}, TypeError, "pca_components must be an int"),
+        ({"scale": float("inf")}, ValueError, "scale=inf must be finite"),
+    ],
+)
+def test_options_are_checked_when_the_module_is_made(options, error, message):
+    """Rather than in the loop, after the first images were made."""
+    with pytest.raises(error, match=message):
+        KDCI(10, 8, **options)
+    KDCI(10, 8, tol=0, pca_components=10, scale=-1.0)
+
+
+ROWS = torch.randn(20, 4)
+MODULE_KINDS = [{}, {"attention": "uniform"}, {"attention": "random"}, {"projection": True}]
+
+
+@pytest.mark.parametrize("options", MODULE_KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        (
+            torch.randn(8, 4),
+            torch.randn(1, 4),
+            ValueError,
+            "teacher_logits has shape .* of student_l",
+        ),
+        (
+            torch.randn(8, 4),
+            torch.randn(8, 3),
+            ValueError,
+            "teacher_logits has shape .* of student_l",
+        ),
+        (torch.randn(8, 4), torch.ones(8, 4).long(), TypeError, "teacher_logits must be float32"),
+        (torch.randn(8, 4), [1.0], TypeError, "teacher_logits must be a tensor"),
+        (
+            torch.randn(8, 4),
+            torch.randn(8, 4, requires_grad=True),
+            ValueError,
+            r"teacher_logits requires gradients.*teacher_logits\.detach",
+        ),
+        (
+            torch.randn(8, 4),
+            torch.randn(8, 4, device="meta"),
+            ValueError,
+            "teacher_logits is on meta, but student_logits is on cpu",
+        ),
+        (torch.randn(0, 4), torch.randn(0, 4), ValueError, "student_logits must not be empty"),
+        (torch.randn(8, 3), torch.randn(8, 3), ValueError, "student_logits has shape .* be 4"),
+    ],
+)
+def test_every_kind_of_module_checks_the_logits_of_its_loss(
+    options, student, teacher, error, message
+):
+    """By the names that the caller gave them, whether an operator or PyTorch then computes."""
+    kdci = KDCI(4, 3, 5, **options)
+    kdci.update(torch.randn(20, 4))
+    with pytest.raises(error, match=message):
+        kdci.loss(student, teacher)
+    assert kdci.loss(torch.randn(8, 4), torch.randn(8, 4)).isfinite()
+
+
+@pytest.mark.parametrize("options", MODULE_KINDS, ids=str)
+def test_modules_name_the_logits_and_the_dictionary_that_are_wrong(options):
+    compensation, d = PriorCompensation(4, 5, **options), build_confounder_dictionary(ROWS, 3)
+    wide = build_confounder_dictionary(torch.randn(20, 6), 3)
+    kdci = KDCI(4, 3, 5, **options)
+    kdci.update(ROWS)
+    for call in (compensation, compensation.attention_weights):
+        with pytest.raises(ValueError, match=r"^logits has shape \[8, 6\], .* 4, the num_classes"):
+            call(torch.randn(8, 6), wide)
+        with pytest.raises(ValueError, match=r"dictionary\.prototypes has shape \[3, 6\]"):
+            call(torch.randn(8, 4), wide)
+        with pytest.raises(
+            TypeError, match="dictionary must be a ConfounderDictionary, got Tensor"
+        ):
+            call(torch.randn(8, 4), d.prototypes)
+        with pytest.raises(ValueError, match="is on cpu"):
+            call(torch.randn(8, 4, device="meta"), d)
+    for call in (kdci, kdci.attention_weights):
+        with pytest.raises(ValueError, match=r"^student_logits has shape \[8, 6\]"):
+            call(torch.randn(8, 6))
+        with pytest.raises(ValueError, match="student_logits is on meta, but kdci is on cpu"):
+            call(torch.randn(8, 4, device="meta"))

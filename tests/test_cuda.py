@@ -333,6 +333,15 @@ def test_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_updates_look_for_nan_on_request():
+    """By default they do not, since looking would stall the stream."""
+    bad = features_of(20, 4)
+    bad[7, 2] = torch.inf
+    assert bool(kdci_ext.KDCI(4, 3).cuda().update(bad).prototypes.isnan().all())
+    with pytest.raises(ValueError, match=r"teacher_logits must be finite: 1 of 20 .* first row 7"):
+        kdci_ext.KDCI(4, 3, check_finite=True).cuda().update(bad)
+
+
 def test_runs_on_the_current_stream():
     """Work queued before on a stream is seen, and work queued after sees the results."""
     features, uniforms = features_of(4000, 32), draws(8)
@@ -372,7 +381,7 @@ def test_can_be_captured_in_a_graph():
 def test_a_mix_of_devices_is_refused():
     features = features_of(20, 4)
     with pytest.raises(RuntimeError, match="same CUDA device"):
-        torch.ops.kdci_ext.confounder_dictionary(features, draws(3).cpu(), None, 2, 5, 0.0)
+        torch.ops.kdci_ext.confounder_dictionary(features, draws(3).cpu(), None, 2, 5, 0.0, 0.9)
     inputs = on_gpu(make_attention(4, 3, 2, 5))
     inputs.w_key = inputs.w_key.cpu()
     with pytest.raises(RuntimeError, match="w_key must be on the same CUDA device"):

@@ -570,6 +570,7 @@ def test_bad_arguments_are_named(arguments, error, message):
         ({"max_iter": 0}, ValueError, "max_iter=0 must be at least 1"),
         ({"tol": -1.0}, ValueError, "tol=-1.0 must be >= 0"),
         ({"tol": float("nan")}, ValueError, "tol=nan must be finite"),
+        ({"generator": 0}, TypeError, "generator must be a torch.Generator or None, got int"),
         ({"momentum": 1.0}, ValueError, "momentum=1.0 must be >= 0 and < 1"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' must be one of"),
         ({"initial_prototypes": ROWS[:3]}, ValueError, "dimension 0 must be 2"),

@@ -115,6 +115,14 @@ def test_bad_rows_of_one_process_are_refused_by_all(workers: team.Team) -> None:
     for message in workers(2, team.refusal, team.cluster, shards, {"num_prototypes": 6}):
         assert "num_prototypes=6 must be <= the number of rows of all processes, 5" in message
 
+    shards = [torch.randn(20, 3), torch.full((5, 3), torch.nan)]
+    for gathered in (1000, 10):
+        for message in workers(2, team.refusal, team.update, shards, {}, gathered):
+            assert "teacher_logits must be finite: 5 of" in message
+    shards = [torch.randn(3, 3), torch.randn(1, 3)]
+    for message in workers(2, team.refusal, team.update, shards, {}, 1000):
+        assert "teacher_logits has 4 rows in all processes" in message
+
 
 # --- training -------------------------------------------------------------------------------------
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import inspect
 import operator
 import re
 import shlex
 import sys
-from dataclasses import fields
+import textwrap
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
+from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
@@ -23,7 +28,10 @@ from python_models.data import DATASETS
 from python_models.methods import METHODS
 from python_models.networks import NETWORKS
 
-MODULES = ["", "._load", ".distributed", ".functional", ".modules", ".streaming"]
+MODULES = [
+    *("", "._load", ".dictionary", ".distributed", ".functional", ".modules", ".reference"),
+    ".streaming",
+]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
@@ -37,13 +45,131 @@ STEP = re.compile(
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if STEP.search(page.read_text())]
 
 
+def public_members(cls: type) -> dict[str, Any]:
+    """Methods and properties that a class defines; extra_repr is PyTorch's hook for repr()."""
+    return {
+        name: value
+        for name, value in vars(cls).items()
+        if not name.startswith("_")
+        and name != "extra_repr"
+        and isinstance(value, FunctionType | property)
+    }
+
+
+def public_objects(module: ModuleType) -> dict[str, Any]:
+    """Functions and classes that a module defines, and their members as CLASS.NAME."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        is_own = getattr(value, "__module__", None) == module.__name__
+        if not name.startswith("_") and is_own and isinstance(value, FunctionType | type):
+            found[name] = value
+            if isinstance(value, type):
+                members = public_members(value).items()
+                found.update({f"{name}.{member}": each for member, each in members})
+    return found
+
+
+def exported_names() -> set[str]:
+    modules = [importlib.import_module(f"kdci_ext{module}") for module in MODULES]
+    return {name for module in modules for name in getattr(module, "__all__", ())}
+
+
+OBJECTS = {
+    f"{module}.{name}": value
+    for module in MODULES
+    for name, value in public_objects(importlib.import_module(f"kdci_ext{module}")).items()
+    if not module.startswith("._") or name in kdci_ext.__all__
+}
+
+
+def sections_of(value: Any) -> dict[str, str]:
+    """Return the text of each section of a docstring by its heading."""
+    parts = re.split(
+        r"^(Args|Attributes|Returns|Raises|Example):$", inspect.getdoc(value), flags=re.M
+    )
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def may_raise(function: Callable[..., Any], seen: frozenset[Any] = frozenset()) -> bool:
+    """Whether there is a ``raise`` in a function, or in one of kdci_ext that it calls by a name:
+    of its module, of another one, or of ``self``. What it calls on other objects is not followed.
+    """
+    function = inspect.unwrap(function)
+    if not isinstance(function, FunctionType) or function in seen:
+        return False
+    if not function.__module__.startswith("kdci_ext"):
+        return False
+    known = dict(function.__globals__)
+    if "." in function.__qualname__:
+        known["self"] = known.get(function.__qualname__.split(".")[0])
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Raise):
+            return True
+        if isinstance(node, ast.Call):
+            first, *rest = ast.unparse(node.func).split(".")
+            try:
+                called = operator.attrgetter(".".join(rest))(known[first]) if rest else known[first]
+            except (AttributeError, KeyError):
+                continue
+            if isinstance(called, type):  # whose constructor a dataclass has made for it
+                called = None if is_dataclass(called) else called.__init__
+            if called is not None and may_raise(called, seen | {function}):
+                return True
+    return False
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_docstring_examples(module):
-    module = importlib.import_module(f"kdci_ext{module}")
+def test_docstring_examples(module: str) -> None:
+    """Of the module, and of everything public in it, whatever decorates it."""
+    source = importlib.import_module(f"kdci_ext{module}")
     names = {name: getattr(kdci_ext.functional, name) for name in kdci_ext.functional.__all__}
-    result = doctest.testmod(module, extraglobs={"torch": torch, **names, **vars(kdci_ext)})
-    assert result.attempted > 0
-    assert result.failed == 0
+    names = {**vars(source), "torch": torch, **names, **vars(kdci_ext)}
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
+    for name, value in {"module": source, **public_objects(source)}.items():
+        examples = [each for each in finder.find(value, name, globs=dict(names)) if each.examples]
+        assert bool(examples) == (">>> " in (value.__doc__ or "")), name
+        for example in examples:
+            runner.run(example)
+    assert runner.tries > 0
+    assert runner.failures == 0
+
+
+def test_what_raises_is_found() -> None:
+    """Directly, by a check of another module, by a method of its own, and by a constructor."""
+    assert may_raise(kdci_ext.functional.compensate)
+    assert may_raise(kdci_ext.streaming.column_moments)
+    assert may_raise(kdci_ext.KDCI.forward)
+    assert may_raise(kdci_ext.stream_confounder_dictionary)
+    assert not may_raise(kdci_ext.streaming.PrincipalSubspace.project)
+    assert not may_raise(kdci_ext.reference.compensate)
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_docstrings_have_their_sections(name: str) -> None:
+    """Args names every parameter, Attributes every field, Returns and Raises are there where
+    something is returned or raised, and what is exported has an Example.
+    """
+    value = OBJECTS[name]
+    assert value.__doc__
+    if isinstance(value, property):
+        return
+    sections = sections_of(value)
+    if value.__qualname__.split(".")[0] in exported_names() or name == "._load.build_info":
+        assert ">>> " in sections["Example"]
+    if is_dataclass(value):
+        for field in fields(value):
+            assert re.search(rf"^    {field.name}: ", sections["Attributes"], re.M), field.name
+        return
+    function = value.__init__ if isinstance(value, type) else value
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        if parameter.name != "self":
+            stars = r"\*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+            assert re.search(rf"^    {stars}{parameter.name}: ", sections["Args"], re.M), parameter
+    if signature.return_annotation not in (None, "None"):
+        assert sections["Returns"].strip()
+    if may_raise(function):
+        assert re.search(r"^    \w+(Error|Exception): ", sections["Raises"], re.M)
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON_BLOCKS)))
@@ -86,22 +212,6 @@ def test_every_command_is_a_call_in_the_readme(monkeypatch, tmp_path):
 def test_readme_has_its_examples_and_commands():
     assert len(PYTHON_BLOCKS) >= 2
     assert "```bash tests\n" in README
-
-
-def test_public_names_are_documented():
-    """Everything exported carries a docstring; functions say what they return."""
-    for name in kdci_ext.__all__:
-        assert getattr(kdci_ext, name).__doc__, name
-    functions = [
-        *("functional.compensate", "functional.compensated_kd_loss"),
-        *("functional.confounder_dictionary", "streaming.stream_confounder_dictionary"),
-        *("streaming.column_moments", "streaming.partial_sums"),
-        "distributed_confounder_dictionary",
-    ]
-    for name in functions:
-        doc = operator.attrgetter(name)(kdci_ext).__doc__
-        for section in ("Args:", "Returns:", "Raises:", "Example:"):
-            assert section in doc, (name, section)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -180,12 +290,38 @@ def test_every_public_name_is_in_the_reference() -> None:
         names += [f"{module}.{name}" for name in public if name not in names]
     for name in names:
         assert f":: kdci_ext.{name}\n" in page, name
+        value = operator.attrgetter(name)(kdci_ext)
+        members = public_members(value) if isinstance(value, type) else {}
+        if members:
+            _, _, rest = page.partition(f":: kdci_ext.{name}\n   :members: ")
+            assert set(rest.partition("\n")[0].split(", ")) == set(members), name
 
 
 def test_benchmark_tables_are_those_of_the_readme(tables: ModuleType) -> None:
     """Both are made of the result files, by the same functions."""
     for result in ("dictionary-1-thread", "compensation-1-thread"):
         assert tables.benchmark(result) in README
+
+
+def test_every_operator_and_its_files_are_in_the_table_of_kernels() -> None:
+    """Each schema has a row, each row names files and a reference that exist, and no source of
+    kernels is left out.
+    """
+    page = (DOCS / "kernels.md").read_text()
+    sources = ROOT / "csrc"
+    operators = re.findall(r'm\.def\(\s*"(\w+)\(', (sources / "registration.cpp").read_text())
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", page, re.M))
+    assert list(rows) == operators
+    for operator_name, row in rows.items():
+        *columns, reference = (re.findall(r"`([\w.]+)`", cell) for cell in row.split("|"))
+        for folder, files in zip(("cpu", "cpu/simd", "cuda"), columns, strict=True):
+            for file in files:
+                assert (sources / folder / file).exists(), file
+        registered = columns[0][0]
+        assert f'm.impl("{operator_name}"' in (sources / "cpu" / registered).read_text()
+        assert all(hasattr(kdci_ext.reference, name) for name in reference)
+    for source in (*sources.glob("cpu/**/*.cpp"), *sources.glob("cuda/*.cu")):
+        assert f"`{source.name}`" in page or f"/{source.name}`" in page, source
 
 
 def test_findings_repeat_no_accuracy() -> None:

@@ -587,14 +587,23 @@ def test_bad_options_are_named(options, error, message):
         stream(ROWS, **{"num_prototypes": 3, **options})
 
 
+def test_a_seed_is_no_generator():
+    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None, got int"):
+        stream_confounder_dictionary(ROWS, 3, generator=0)
+
+
 def test_bad_shards_are_named():
     subspace = column_moments(ROWS).principal_subspace(2)
     with pytest.raises(ValueError, match="the moments are of no rows"):
         column_moments(ROWS[:0]).principal_subspace(2)
-    with pytest.raises(ValueError, match="pca_components=5 must be <="):
+    with pytest.raises(ValueError, match="num_components=5 must be <="):
         column_moments(ROWS).principal_subspace(5)
     with pytest.raises(ValueError, match=r"features must have shape \[m, d\]"):
         partial_sums(ROWS[0], ROWS[:2], subspace)
+    with pytest.raises(TypeError, match="subspace must be a PrincipalSubspace, got Tensor"):
+        partial_sums(ROWS, ROWS[:2], ROWS.mean(0))
+    with pytest.raises(ValueError, match=r"prototypes has shape \[3, 4\].* 2, the number of cl"):
+        partial_sums(ROWS, ROWS[:2], subspace)[0].means(ROWS[:3])
     with pytest.raises(ValueError, match=r"prototypes has shape.*dimension 1 must be 4"):
         partial_sums(ROWS, ROWS[:2, :3], subspace)
     with pytest.raises(ValueError, match="prototypes must not be empty"):
