@@ -603,6 +603,9 @@ def test_a_run_that_is_killed_after_a_checkpoint_ends_as_if_it_had_not_been(
     assert rows[0].endswith(",1,before\n")
     assert rows[1] == rows[0].replace(",before\n", ",before+after\n")
     assert resumed.text == whole.text
+    write_json(run_folder / "study.json", {"version": ["1"], "commit": ["", "after"]})
+    (row,) = results(StudyFolder(load_study(config.study), config))
+    assert (row["version"], row["commit"]) == ("1", "")  # of code that is not known
 
 
 @pytest.mark.usefixtures("in_process")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from python_models.checkpoint import remove_temporaries
@@ -34,7 +35,8 @@ def finished(folder: StudyFolder) -> dict[Cell, Job]:
 def results(folder: StudyFolder) -> list[Row]:
     """Return the rows of results.csv: runs that are done, in the order of the study.
 
-    A run that went on under another version or commit names all of them, joined by ``+``.
+    A run that went on under another version or commit names all of them, joined by ``+``; none
+    where one of them is not known.
     """
     rows = []
     for cell, job in finished(folder).items():
@@ -56,10 +58,15 @@ def results(folder: StudyFolder) -> list[Row]:
                 "best_accuracy": summary.get("best_accuracy"),
                 "teacher_accuracy": summary.get("teacher_accuracy"),
                 "steps": summary.get("steps"),
-                **{key: "+".join(makers(record, key)) for key in MADE_BY},
+                **{key: _joined(makers(record, key)) for key in MADE_BY},
             }
         )
     return rows
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return all names, or none where one is not known."""
+    return "+".join(names) if all(names) else ""
 
 
 def timings(folder: StudyFolder) -> list[Row]:
