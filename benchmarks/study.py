@@ -51,7 +51,8 @@ def save_study(folder: Path, results: Path = RESULTS) -> Path:
     parts = [
         table.read_text(encoding="utf-8"),
         f"Made at commit {', '.join(commits)} on {cores()} cores, {processor()}, by\n",
-        f"```bash\nkdci study {rows[0]['study']}\n```",
+        f"```bash\nkdci study {rows[0]['study']}\n```\n",
+        "Times are those of runs beside each other and beside whatever else the machine did.",
     ]
     for plot in sorted(folder.glob("*.png")):
         shutil.copyfile(plot, results / f"{stem}-{plot.name}")
