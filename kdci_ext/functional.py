@@ -266,13 +266,17 @@ def compensate(
     """
     _check_attention(logits, prototypes, proportions, w_query, w_key, w_score, "logits")
     posterior = _checks.choice("weighting", weighting, ("paper", "posterior")) == "posterior"
-    arguments = (
-        *(logits, prototypes, proportions, w_query, w_key, w_score),
-        *(posterior, _checks.finite_float("scale", scale)),
-    )
-    if _use_native(backend, logits.device):
-        return _ops.compensate(*arguments)
-    return reference.compensate(*arguments)[0]
+    tensors = (logits, prototypes, proportions, w_query, w_key, w_score)
+    return _compensated(tensors, posterior, _checks.finite_float("scale", scale), backend)
+
+
+def _compensated(
+    tensors: tuple[Tensor, ...], posterior: bool, scale: float, backend: Backend
+) -> Tensor:
+    """Do what `compensate` says, of arguments that are checked."""
+    if _use_native(backend, tensors[0].device):
+        return _ops.compensate(*tensors, posterior, scale)
+    return reference.compensate(*tensors, posterior, scale)[0]
 
 
 def compensated_kd_loss(
@@ -333,10 +337,17 @@ def compensated_kd_loss(
     temperature = _checks.finite_float("temperature", temperature, above=0)
     posterior = _checks.choice("weighting", weighting, ("paper", "posterior")) == "posterior"
     tensors = (student, teacher, prototypes, proportions, w_query, w_key, w_score)
-    options = (temperature, posterior, _checks.finite_float("scale", scale))
-    if not _use_native(backend, student.device):
-        return reference.compensated_kd_loss(*tensors, *options)
-    return _ops.compensated_kd_loss(*tensors, *options)
+    scale = _checks.finite_float("scale", scale)
+    return _kd_loss(tensors, temperature, posterior, scale, backend)
+
+
+def _kd_loss(
+    tensors: tuple[Tensor, ...], temperature: float, posterior: bool, scale: float, backend: Backend
+) -> Tensor:
+    """Do what `compensated_kd_loss` says, of arguments that are checked."""
+    if _use_native(backend, tensors[0].device):
+        return _ops.compensated_kd_loss(*tensors, temperature, posterior, scale)
+    return reference.compensated_kd_loss(*tensors, temperature, posterior, scale)
 
 
 def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tensor) -> None:

@@ -23,13 +23,7 @@ from kdci_ext.distributed import (
     share_bits,
     shared_generator,
 )
-from kdci_ext.functional import (
-    Backend,
-    Weighting,
-    compensate,
-    compensated_kd_loss,
-    confounder_dictionary,
-)
+from kdci_ext.functional import Backend, Weighting, confounder_dictionary
 from kdci_ext.streaming import column_moments
 
 __all__ = ["KDCI", "PriorCompensation"]
@@ -163,12 +157,9 @@ class PriorCompensation(nn.Module):
         """Add the prior as it is."""
         if self.attention != "learned":
             return self._with_fixed_attention(logits, dictionary)
-        return compensate(
-            *(logits, dictionary.prototypes, dictionary.proportions),
-            *self._weights(),
-            weighting=self.weighting,
-            scale=self.scale,
-            backend=self.backend,
+        return functional._compensated(
+            (logits, dictionary.prototypes, dictionary.proportions, *self._weights()),
+            *(self.weighting == "posterior", self.scale, self.backend),
         )
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,8 +241,8 @@ class PriorCompensation(nn.Module):
         functional._check_teacher(
             "teacher_logits", teacher_logits, "student_logits", student_logits
         )
+        temperature = _checks.finite_float("temperature", temperature, above=0)
         if self.attention != "learned" or self.w_project is not None:
-            _checks.finite_float("temperature", temperature, above=0)
             compensated = self(student_logits, dictionary)
             dtype = torch.promote_types(compensated.dtype, torch.float32)
             divergence = F.kl_div(
@@ -261,13 +252,10 @@ class PriorCompensation(nn.Module):
                 log_target=True,
             )
             return divergence * temperature**2
-        return compensated_kd_loss(
-            *(student_logits, teacher_logits, dictionary.prototypes, dictionary.proportions),
-            *self._weights(),
-            temperature,
-            weighting=self.weighting,
-            scale=self.scale,
-            backend=self.backend,
+        prior = (dictionary.prototypes, dictionary.proportions, *self._weights())
+        return functional._kd_loss(
+            (student_logits, teacher_logits, *prior),
+            *(temperature, self.weighting == "posterior", self.scale, self.backend),
         )
 
     def _check(self, name: str, logits: Tensor, dictionary: ConfounderDictionary) -> None:
@@ -279,7 +267,9 @@ class PriorCompensation(nn.Module):
             )
         prototypes, proportions = dictionary.prototypes, dictionary.proportions
         _check_logits(name, logits, self.num_classes)
-        _checks.tensor("dictionary.prototypes", prototypes, ("K", "d"))
+        _checks.not_empty(
+            "dictionary.prototypes", _checks.tensor("dictionary.prototypes", prototypes, ("K", "d"))
+        )
         _checks.size("dictionary.prototypes", prototypes, 1, self.num_classes, "num_classes")
         _checks.tensor("dictionary.proportions", proportions, ("K",))
         _checks.size(
