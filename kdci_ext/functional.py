@@ -23,6 +23,10 @@ __all__ = ["Backend", "Weighting", "compensate", "compensated_kd_loss", "confoun
 Backend = Literal["auto", "native", "reference"]
 Weighting = Literal["paper", "posterior"]
 Seeding = Literal["greedy", "plain"]
+# Logits, prototypes, proportions and the three weights of attention.
+Attended = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Those with the teacher's logits after the student's.
+Distilled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 _warned_devices: set[str] = set()
 
@@ -270,9 +274,7 @@ def compensate(
     return _compensated(tensors, posterior, _checks.finite_float("scale", scale), backend)
 
 
-def _compensated(
-    tensors: tuple[Tensor, ...], posterior: bool, scale: float, backend: Backend
-) -> Tensor:
+def _compensated(tensors: Attended, posterior: bool, scale: float, backend: Backend) -> Tensor:
     """Do what `compensate` says, of arguments that are checked."""
     if _use_native(backend, tensors[0].device):
         return _ops.compensate(*tensors, posterior, scale)
@@ -342,7 +344,7 @@ def compensated_kd_loss(
 
 
 def _kd_loss(
-    tensors: tuple[Tensor, ...], temperature: float, posterior: bool, scale: float, backend: Backend
+    tensors: Distilled, temperature: float, posterior: bool, scale: float, backend: Backend
 ) -> Tensor:
     """Do what `compensated_kd_loss` says, of arguments that are checked."""
     if _use_native(backend, tensors[0].device):
