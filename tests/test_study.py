@@ -95,11 +95,19 @@ def config_of(path: Path, out: str = "out", **values: Any) -> StudyConfig:
     )
 
 
+FRESH = "KDCI_TEST_IN_FRESH_PROCESS"
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the worker of `run_study` be this process, which has imported torch already, and draw
     nothing; the runs are made in children all the same.
+
+    A process in which another test has used autograd cannot fork them: these tests share a fresh
+    one, `test_those_whose_worker_is_the_test_itself`.
     """
+    if FRESH not in os.environ:
+        pytest.skip("run in a process of its own, by another test of this file")
 
     def work(commands: Mapping[str, Sequence[str]], jobs: int, shows: object) -> list[str]:
         return [name for name, words in commands.items() if worker.main(words[1:])]
@@ -109,6 +117,17 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
+
+
+def test_those_whose_worker_is_the_test_itself() -> None:
+    """The tests with `in_process`, all of which must pass."""
+    words = ["-m", "pytest", "-n0", "-p", "no:cacheprovider", "-m", "usefixtures", __file__]
+    done = subprocess.run(
+        [sys.executable, *words], env={**os.environ, FRESH: "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
 
 
 def begun(folder: Path) -> dict[str, int]:
