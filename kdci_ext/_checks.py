@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Tuples, not unions, which would be made anew in each of these frequent calls.
+_INTEGERS = (int, torch.SymInt)
+_NUMBERS = (float, int)
 
 
 def tensor(name: str, value: object, shape: tuple[str, ...]) -> Tensor:
@@ -39,9 +42,8 @@ def size(name: str, value: Tensor, dim: int, expected: int, of: str) -> None:
 
 def not_empty(name: str, value: Tensor) -> None:
     """Check that no dimension is 0."""
-    for dim in range(value.dim()):
-        if value.shape[dim] == 0:
-            raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
+    if 0 in value.shape:
+        raise ValueError(f"{name} must not be empty, got shape {list(value.shape)}")
 
 
 def same_device(tensors: dict[str, Tensor]) -> None:
@@ -58,7 +60,7 @@ def same_device(tensors: dict[str, Tensor]) -> None:
 
 def positive_int(name: str, value: object) -> int:
     """Check for an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
@@ -67,7 +69,7 @@ def positive_int(name: str, value: object) -> int:
 
 def finite_float(name: str, value: object, *, above: float | None = None) -> float:
     """Check for a finite number, greater than ``above`` where that is given."""
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for changing numbers.
     if not (-math.inf if above is None else above) < value < math.inf:
@@ -85,10 +87,10 @@ def generator(value: object) -> None:
         )
 
 
-def choice(name: str, value: object, choices: Iterable[str]) -> str:
+def choice(name: str, value: object, choices: Collection[str]) -> str:
     """Check for one of a few words."""
-    known = list(choices)
-    if value not in known:
+    if value not in choices:
+        known = list(choices)
         near = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}{hint}")

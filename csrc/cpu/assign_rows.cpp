@@ -57,8 +57,6 @@ struct Buffers {
     centers = arena.take<T>(q * problem.num_centers);
     packed_centers = arena.take<T>(q * problem.num_centers);
     centered = arena.take<T>(parts * d * tile_points);
-    scratch_size = kmeans_kernels<T>().assign_scratch(q);
-    scratch = arena.take<T>(parts * scratch_size);
     if (problem.basis != nullptr) {
       basis = arena.take<T>(d * q);
       packed_basis = arena.take<T>(d * q);
@@ -67,15 +65,13 @@ struct Buffers {
   }
 
   int64_t parts;
-  double* column_sums; // [parts, d]
-  T* low;              // [parts, d]
-  T* high;             // [parts, d]
-  T* shift;            // [d], mean * scale
-  T* centers;          // [q, K]
-  T* packed_centers;   // [q, K]
-  T* centered;         // [parts, d, 64]
-  int64_t scratch_size;
-  T* scratch;                // [parts, scratch_size]
+  double* column_sums;       // [parts, d]
+  T* low;                    // [parts, d]
+  T* high;                   // [parts, d]
+  T* shift;                  // [d], mean * scale
+  T* centers;                // [q, K]
+  T* packed_centers;         // [q, K]
+  T* centered;               // [parts, d, 64]
   T* basis = nullptr;        // [d, q]
   T* packed_basis = nullptr; // [d, q]
   T* projected = nullptr;    // [parts, q, 64]
@@ -231,8 +227,7 @@ void assign_tile(
   task.num_centers = problem.num_centers;
   task.columns = buffers.packed_centers;
   task.labels = labels;
-  kmeans_kernels<T>().assign_tiles(
-      task, 0, 1, buffers.scratch + part * buffers.scratch_size);
+  kmeans_kernels<T>().assign_tiles(task, 0, 1, nullptr);
   double squares[tile_points] = {};
   double distances[tile_points] = {};
   for (int64_t j = 0; j < q; ++j) {

@@ -30,6 +30,10 @@ template void pack_columns(const double*, int64_t, int64_t, double*);
 
 namespace {
 
+// From this many centres on the bits that an index takes of a 32-bit score
+// would count for more than the rounding to 16-bit integers.
+constexpr int64_t coarse_centers = 1 << 14;
+
 /// Points that k-means++ looks at: all, or where there are at least twice as
 /// many, so many of them.
 int64_t sample_size(int64_t n, int64_t num_centers) {
@@ -348,7 +352,8 @@ int64_t Kmeans<T>::assign(int64_t* labels) {
   std::mutex merging;
   torch::stable::parallel_for(
       0, num_tiles_, grain(num_centers_), [&](int64_t begin, int64_t end) {
-        std::vector<T> scratch(small_ ? 0 : kernels.assign_scratch(depth_));
+        std::vector<T> scratch(
+            small_ ? 0 : kernels.assign_scratch(depth_, num_centers_));
         Assignment<T> part = task;
         if (begin == 0 && end == num_tiles_) {
           part.sums = sums_;
@@ -377,15 +382,17 @@ int64_t Kmeans<T>::assign(int64_t* labels) {
 /// Turns packed_ into -c, and adds what comparing products takes.
 template <typename T>
 void Kmeans<T>::prepare_products(Assignment<T>& task) {
+  std::vector<double> squares(num_centers_);
+  for (int64_t k = 0; k < depth_; ++k) {
+    for (int64_t c = 0; c < num_centers_; ++c) {
+      const double value = centers_[k * num_centers_ + c];
+      squares[c] += value * value;
+    }
+  }
   double largest = 0;
   for (int64_t c = 0; c < num_centers_; ++c) {
-    double square = 0;
-    for (int64_t k = 0; k < depth_; ++k) {
-      const double value = centers_[k * num_centers_ + c];
-      square += value * value;
-    }
-    bias_[c] = static_cast<T>(square / 2);
-    largest = std::max(largest, square);
+    bias_[c] = static_cast<T>(squares[c] / 2);
+    largest = std::max(largest, squares[c]);
   }
   // An upper bound must stay one as a T.
   task.largest_center = static_cast<T>(std::sqrt(largest) * (1 + 1e-6));
@@ -393,10 +400,14 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
     packed_[i] = -packed_[i];
   }
   if (sizeof(T) > 4 || simd_level() != SimdLevel::avx512vnni ||
-      !(task.largest_center > std::numeric_limits<float>::min())) {
+      !(task.largest_center > std::numeric_limits<float>::min()) ||
+      num_centers_ > coarse_centers) {
     return;
   }
   task.pairs = pairs_;
+  while (task.column_bits < num_centers_ - 1) {
+    task.column_bits = 2 * task.column_bits + 1;
+  }
   task.pair_scale = 32000 / static_cast<float>(task.largest_center);
   const auto rounded = [&](T value) {
     return static_cast<uint16_t>(std::lrint(value * task.pair_scale));
@@ -483,15 +494,16 @@ bool Kmeans<T>::find_means(const int64_t* labels, double& between) {
 template <typename T>
 void Kmeans<T>::measure_drift() {
   std::vector<double> distance(num_centers_);
-  int64_t farthest = 0;
-  for (int64_t c = 0; c < num_centers_; ++c) {
-    double square = 0;
-    for (int64_t k = 0; k < depth_; ++k) {
+  for (int64_t k = 0; k < depth_; ++k) {
+    for (int64_t c = 0; c < num_centers_; ++c) {
       const int64_t at = k * num_centers_ + c;
       const double step = static_cast<double>(centers_[at]) - before_[at];
-      square += step * step;
+      distance[c] += step * step;
     }
-    distance[c] = std::sqrt(square);
+  }
+  int64_t farthest = 0;
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    distance[c] = std::sqrt(distance[c]);
     farthest = distance[c] > distance[farthest] ? c : farthest;
   }
   double second = 0;

@@ -52,6 +52,9 @@ constexpr int max_degree = 16;
 // From this width on the matrix is shared out between threads, not the rows.
 constexpr int64_t wide_rows = 128;
 
+// Values that a cache line holds, of 32 bits each.
+constexpr int64_t line_values = 16;
+
 // Rows of a tile of the matrix that one task computes: whole groups.
 constexpr int64_t task_rows = 16 * group_columns;
 
@@ -168,7 +171,8 @@ PrincipalSubspace<T>::PrincipalSubspace(
   width_ = reduced || 2 * width >= size_ ? 0 : width;
   groups_ = gram_ || d >= wide_rows ? 1 : std::clamp<int64_t>(n / 8192, 1, 16);
   chunk_rows_ = gram_ ? n : std::min<int64_t>(n, 256);
-  stride_ = gram_ ? d : num_tiles_ * tile_points;
+  // An odd number of cache lines: rows a power of two apart evict each other.
+  stride_ = gram_ ? d : num_tiles_ * tile_points + line_values;
 
   const int64_t matrix = num_tiles_ * size_ * tile_points;
   const int64_t block = num_tiles_ * width_ * tile_points;
@@ -405,9 +409,16 @@ void PrincipalSubspace<T>::form_covariance(
 /// Fills in what lies below the diagonal blocks.
 template <typename T>
 void PrincipalSubspace<T>::mirror() {
-  for (int64_t i = tile_points; i < size_; ++i) {
-    for (int64_t j = 0; j < i / tile_points * tile_points; ++j) {
-      *entry(matrix_, size_, i, j) = *entry(matrix_, size_, j, i);
+  for (int64_t tile = 1; tile < num_tiles_; ++tile) {
+    for (int64_t other = 0; other < tile; ++other) {
+      const T* from =
+          entry(matrix_, size_, other * tile_points, tile * tile_points);
+      T* to = entry(matrix_, size_, tile * tile_points, other * tile_points);
+      for (int64_t i = 0; i < tile_size(tile); ++i) {
+        for (int64_t j = 0; j < tile_points; ++j) {
+          to[i * tile_points + j] = from[j * tile_points + i];
+        }
+      }
     }
   }
 }

@@ -131,6 +131,50 @@ KDCI_INLINE void find_nearest(
   }
 }
 
+#if defined(__AVX512VNNI__)
+
+/// The same for 32-bit scores, whose last bits, those of `column_bits`, give
+/// way to the column: what compares scores then finds the column too.
+template <typename Compute>
+KDCI_INLINE void find_nearest_coarsely(
+    int64_t num_columns,
+    int32_t column_bits,
+    int32_t* best_scores,
+    int32_t* second_scores,
+    Compute score) {
+  static_assert(block_points<int32_t> == tile_points);
+  __m512i best[num_vectors];
+  __m512i second[num_vectors];
+  for (int v = 0; v < num_vectors; ++v) {
+    best[v] = second[v] = _mm512_set1_epi32(INT32_MAX);
+  }
+  const __m512i bits = _mm512_set1_epi32(column_bits);
+  for_groups(num_columns, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
+    constexpr int width = decltype(group)::value;
+    Block<int32_t, width> block;
+    score(group, first, block);
+#pragma GCC unroll 6
+    for (int c = 0; c < width; ++c) {
+      const __m512i column = _mm512_set1_epi32(first + c);
+#pragma GCC unroll 4
+      for (int v = 0; v < num_vectors; ++v) {
+        // bits ? column : score
+        const __m512i value =
+            _mm512_ternarylogic_epi32((__m512i)block[c][v], column, bits, 0xd8);
+        const __m512i higher = _mm512_max_epi32(value, best[v]);
+        best[v] = _mm512_min_epi32(value, best[v]);
+        second[v] = _mm512_min_epi32(higher, second[v]);
+      }
+    }
+  });
+  for (int v = 0; v < num_vectors; ++v) {
+    _mm512_storeu_si512(best_scores + v * lanes<int32_t>, best[v]);
+    _mm512_storeu_si512(second_scores + v * lanes<int32_t>, second[v]);
+  }
+}
+
+#endif
+
 /// A buffer of points taken out of their tiles: coordinate k of point i is
 /// points[k * pitch + i]. A whole tile and a vector more can be appended to
 /// one that is not full.
@@ -188,6 +232,58 @@ KDCI_INLINE void append_points(
 #endif
 }
 
+/// Fetches what the next tiles hold, a few cache lines at a time.
+template <typename T>
+class Ahead {
+ public:
+  /// Lines are fetched up to `end`, from `begin` on or what was fetched last.
+  void move(const T* begin, const T* end) {
+    next_ = next_ < begin ? begin : next_;
+    end_ = end;
+  }
+
+  KDCI_INLINE void fetch(int64_t lines) {
+    for (; lines > 0 && next_ < end_; --lines) {
+      // Into the second level: tiles may be larger than the first.
+      __builtin_prefetch(next_, 0, 2);
+      next_ += 64 / sizeof(T);
+    }
+  }
+
+ private:
+  const T* next_ = nullptr;
+  const T* end_ = nullptr;
+};
+
+/// Which of a tile's values are not greater than 0.
+template <typename T>
+KDCI_INLINE uint64_t not_positive(const T* values) {
+  uint64_t found = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+    uint64_t mask;
+    if constexpr (sizeof(T) == 4) {
+      mask = _mm512_cmp_ps_mask(
+          _mm512_loadu_ps(values + i), _mm512_setzero_ps(), _CMP_NGT_UQ);
+    } else {
+      mask = _mm512_cmp_pd_mask(
+          _mm512_loadu_pd(values + i), _mm512_setzero_pd(), _CMP_NGT_UQ);
+    }
+    found |= mask << i;
+  }
+#else
+  for (int64_t i = 0; i < tile_points; ++i) {
+    found |= static_cast<uint64_t>(!(values[i] > 0)) << i;
+  }
+#endif
+  return found;
+}
+
+/// The first `count` points of a tile.
+KDCI_INLINE uint64_t first_points(int64_t count) {
+  return ~uint64_t(0) >> (tile_points - count);
+}
+
 /// One pass over a range of tiles. Points that cannot have changed are left
 /// alone; the others are collected into full tiles and scored, in 16-bit
 /// integers where the processor has products of these. A point whose two best
@@ -195,11 +291,19 @@ KDCI_INLINE void append_points(
 template <typename T>
 class AssignPass {
  public:
-  AssignPass(const Assignment<T>& task, T* scratch) : task_(task) {
+  AssignPass(const Assignment<T>& task, T* scratch)
+      : task_(task),
+        lines_(
+            2 * task.depth * tile_points * sizeof(T) / 64 * group_columns /
+                task.num_centers +
+            1) {
     if (task.bias != nullptr) {
       active_.points = scratch;
       close_.points = scratch + task.depth * pitch;
-      pairs_ = reinterpret_cast<uint32_t*>(scratch + 2 * task.depth * pitch);
+      scratch += 2 * task.depth * pitch;
+      pairs_ = reinterpret_cast<uint32_t*>(scratch);
+      pair_bias_ =
+          reinterpret_cast<int32_t*>(scratch + task.depth * tile_points);
     }
   }
 
@@ -207,15 +311,11 @@ class AssignPass {
     const int64_t size = task_.depth * tile_points;
     for (int64_t tile = begin; tile < end; ++tile) {
       const T* points = task_.tiles + tile * size;
-      if (tile + 1 < end) {
-        for (int64_t i = 0; i < size; i += 64 / sizeof(T)) {
-          __builtin_prefetch(points + size + i);
-        }
-      }
+      ahead_.move(points + size, task_.tiles + smaller(tile + 3, end) * size);
       const int64_t first = tile * tile_points;
       const int64_t count = smaller(task_.n - first, tile_points);
       const uint64_t active = task_.drift == nullptr
-          ? ~uint64_t(0) >> (tile_points - count)
+          ? first_points(count)
           : spend_slack(first, count);
       if (__builtin_popcountll(active) >= count - tile_points / 8) {
         int64_t rows[tile_points];
@@ -253,11 +353,7 @@ class AssignPass {
     for (int64_t i = 0; i < tile_points; ++i) {
       slack[i] -= drift[i];
     }
-    uint64_t active = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      active |= static_cast<uint64_t>(!(slack[i] > 0)) << i;
-    }
-    return active;
+    return not_positive(slack) & first_points(count);
   }
 
   void append(
@@ -288,14 +384,32 @@ class AssignPass {
     }
   }
 
-  /// Labels a row whose coordinates are `stride` apart.
+  /// Labels the points that are set in `chosen`.
+  template <typename Index>
+  void set_labels(
+      const T* points,
+      int64_t stride,
+      const int64_t* rows,
+      int64_t count,
+      uint64_t chosen,
+      const Index* found) {
+    // Most labels stay: no branch for each.
+    uint64_t changed = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      changed |= static_cast<uint64_t>(task_.labels[rows[i]] != found[i]) << i;
+    }
+    changed &= chosen;
+    moves_ += __builtin_popcountll(changed);
+    for (; changed != 0; changed &= changed - 1) {
+      const int64_t i = __builtin_ctzll(changed);
+      set_label(rows[i], found[i], points + i, stride);
+    }
+  }
+
+  /// Labels a row whose coordinates are `stride` apart anew.
   void set_label(int64_t row, int64_t label, const T* point, int64_t stride) {
     const int64_t old = task_.labels[row];
-    if (old == label) {
-      return;
-    }
     task_.labels[row] = label;
-    ++moves_;
     if (task_.sums == nullptr) {
       return;
     }
@@ -356,6 +470,7 @@ class AssignPass {
           [&](auto group, int64_t column, int64_t i, auto& block)
               KDCI_ALWAYS_INLINE {
                 constexpr int width = decltype(group)::value;
+                ahead_.fetch(lines_);
                 start<width>(nullptr, block);
                 accumulate<true, T, width, num_vectors>(
                     points + i,
@@ -364,9 +479,8 @@ class AssignPass {
                     block,
                     stride);
               });
-      for (int64_t i = 0; i < count; ++i) {
-        set_label(rows[i], nearest.index[i], points + i, stride);
-      }
+      set_labels(
+          points, stride, rows, count, first_points(count), nearest.index);
       return;
     }
     find_nearest(
@@ -378,6 +492,7 @@ class AssignPass {
             int64_t i,
             auto& block) KDCI_ALWAYS_INLINE {
           constexpr int width = decltype(group)::value;
+          ahead_.fetch(lines_);
           start<width>(task_.bias + column, block);
           accumulate<false, T, width, num_vectors>(
               points + i, depth, task_.columns + column * depth, block, stride);
@@ -394,8 +509,8 @@ class AssignPass {
       squares[i] = slack_between(
           squares[i], nearest.best[i] + error, nearest.second[i] - error);
     }
+    set_labels(points, stride, rows, count, first_points(count), nearest.index);
     for (int64_t i = 0; i < count; ++i) {
-      set_label(rows[i], nearest.index[i], points + i, stride);
       task_.slack[rows[i]] = squares[i];
     }
   }
@@ -448,55 +563,61 @@ class AssignPass {
     float squares[tile_points];
     const float point_scale = round_tile(points, stride, squares);
     const float scale = point_scale * task_.pair_scale;
-    NearestOf<int32_t> nearest;
-    find_nearest(
+    for (int64_t c = 0; c < task_.num_centers; c += lanes<float>) {
+      const __mmask16 inside =
+          first_points(smaller(task_.num_centers - c, lanes<float>));
+      _mm512_mask_storeu_epi32(
+          pair_bias_ + c,
+          inside,
+          _mm512_cvtps_epi32(_mm512_mul_ps(
+              _mm512_maskz_loadu_ps(inside, task_.bias + c),
+              _mm512_set1_ps(scale))));
+    }
+    alignas(64) int32_t best_scores[tile_points];
+    alignas(64) int32_t second_scores[tile_points];
+    find_nearest_coarsely(
         task_.num_centers,
-        INT32_MAX,
-        nearest,
-        [&](auto group, int64_t column, int64_t i, auto& block)
-            KDCI_ALWAYS_INLINE {
-              constexpr int width = decltype(group)::value;
+        task_.column_bits,
+        best_scores,
+        second_scores,
+        [&](auto group, int64_t column, auto& block) KDCI_ALWAYS_INLINE {
+          constexpr int width = decltype(group)::value;
 #pragma GCC unroll 6
-              for (int c = 0; c < width; ++c) {
-                const __m512i bias = _mm512_cvtps_epi32(
-                    _mm512_set1_ps(task_.bias[column + c] * scale));
+          for (int c = 0; c < width; ++c) {
 #pragma GCC unroll 4
-                for (int v = 0; v < num_vectors; ++v) {
-                  block[c][v] = (Vec<int32_t>)bias;
-                }
-              }
-              accumulate_pairs<width, num_vectors>(
-                  pairs_ + i, half, task_.pairs + column * half, block);
-            });
+            for (int v = 0; v < num_vectors; ++v) {
+              block[c][v] =
+                  (Vec<int32_t>)_mm512_set1_epi32(pair_bias_[column + c]);
+            }
+          }
+          ahead_.fetch(lines_);
+          accumulate_pairs<width, num_vectors>(
+              pairs_, half, task_.pairs + column * half, block);
+        });
     // Each of the depth products is off by at most half of each factor.
     const float half_root = root(static_cast<float>(task_.depth)) / 2;
     const float center_error =
         half_root * (task_.largest_center * task_.pair_scale + 2 * half_root) +
-        128;
+        static_cast<float>(task_.column_bits) + 128;
     float slack[tile_points];
     float certain[tile_points]; // if positive
+    int32_t index[tile_points];
     const float unit = 1 / scale;
     for (int64_t i = 0; i < tile_points; ++i) {
       const float error =
           (center_error + half_root * root(squares[i]) * point_scale) * unit +
           rounding(squares[i]);
-      const float best = static_cast<float>(nearest.best[i]) * unit;
-      const float second = static_cast<float>(nearest.second[i]) * unit;
+      const float best = static_cast<float>(best_scores[i]) * unit;
+      const float second = static_cast<float>(second_scores[i]) * unit;
+      index[i] = best_scores[i] & task_.column_bits;
       slack[i] = slack_between(squares[i], best + error, second - error);
       certain[i] = second - best - 2 * error;
     }
-    uint64_t close = 0;
-    for (int64_t i = 0; i < tile_points; i += lanes<float>) {
-      const uint64_t mask = _mm512_cmp_ps_mask(
-          _mm512_loadu_ps(certain + i), _mm512_setzero_ps(), _CMP_NGT_UQ);
-      close |= mask << i;
-    }
-    close &= ~uint64_t(0) >> (tile_points - count);
+    const uint64_t close = not_positive(certain) & first_points(count);
+    set_labels(
+        points, stride, rows, count, first_points(count) & ~close, index);
     for (int64_t i = 0; i < count; ++i) {
-      if ((close >> i & 1) == 0) {
-        set_label(rows[i], nearest.index[i], points + i, stride);
-        task_.slack[rows[i]] = slack[i];
-      }
+      task_.slack[rows[i]] = slack[i];
     }
     if (close != 0) {
       const int64_t before = close_.count;
@@ -541,14 +662,17 @@ class AssignPass {
 
   const Assignment<T>& task_;
   int64_t moves_ = 0;
-  Collected<T> active_;       // have no slack
-  Collected<T> close_;        // have two centres that are nearly as near
-  uint32_t* pairs_ = nullptr; // [depth / 2, 64]: coordinates 2k and 2k + 1
+  Ahead<T> ahead_;
+  const int64_t lines_;          // to fetch ahead for each group of columns
+  Collected<T> active_;          // have no slack
+  Collected<T> close_;           // have two centres that are nearly as near
+  uint32_t* pairs_ = nullptr;    // [depth / 2, 64]: coordinates 2k and 2k + 1
+  int32_t* pair_bias_ = nullptr; // [K]
 };
 
 template <typename T>
-int64_t assign_scratch(int64_t depth) {
-  return depth * (2 * pitch + tile_points);
+int64_t assign_scratch(int64_t depth, int64_t num_centers) {
+  return depth * (2 * pitch + tile_points) + num_centers;
 }
 
 template <typename T>

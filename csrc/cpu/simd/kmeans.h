@@ -31,10 +31,11 @@ struct Assignment {
   // coordinates 2k, 2k + 1; lengths are at most 2^15 then.
   const uint32_t* pairs; // [(depth + 1) / 2, K]
   float pair_scale;
-  T largest_center; // |c| at most
-  const T* drift;   // [K]: of a point's slack, by label; null at first
-  T* slack;         // [num_tiles * 64]
-  int64_t* labels;  // [n], -1 at first
+  int32_t column_bits; // 2^m - 1 >= K - 1: all bits that a column's index has
+  T largest_center;    // |c| at most
+  const T* drift;      // [K]: of a point's slack, by label; null at first
+  T* slack;            // [num_tiles * 64]
+  int64_t* labels;     // [n], -1 at first
   // What labels that change add to the sums of the clusters' points, times
   // sum_scale and rounded, and to their sizes: integers, so that the order of
   // the points does not matter. May be null.
@@ -66,8 +67,8 @@ struct KmeansKernels {
 
   /// Assigns the points of tiles [begin, end) to their nearest centres, ties to
   /// the lowest index, and returns how many labels changed. `scratch` has room
-  /// for assign_scratch(depth) values; it is not used without a bias.
-  int64_t (*assign_scratch)(int64_t depth);
+  /// for assign_scratch(depth, K) values; it is not used without a bias.
+  int64_t (*assign_scratch)(int64_t depth, int64_t num_centers);
   int64_t (*assign_tiles)(
       const Assignment<T>& task,
       int64_t begin,
