@@ -22,7 +22,12 @@ namespace {
 
 // Statistics of columns are summed over at most so many slices of rows.
 constexpr int64_t max_slices = 16;
-constexpr int64_t column_block = 128;
+
+// Rows are summed by cluster in blocks of columns, this many at least; where
+// there is work for every thread, as many as leave so many sums, which fit in
+// the second-level cache: long stretches of rows are read faster.
+constexpr int64_t least_columns = 128;
+constexpr int64_t cached_sums = 1 << 16;
 
 int64_t num_slices(int64_t n) {
   return std::clamp<int64_t>(n / 1024, 1, max_slices);
@@ -222,7 +227,10 @@ void average_rows(
     int64_t slices,
     double* sums,
     T* prototypes) {
-  const int64_t blocks = (d + column_block - 1) / column_block;
+  const int64_t shared = slices * d / torch::stable::get_num_threads();
+  const int64_t columns =
+      std::max(least_columns, std::min(cached_sums / num_prototypes, shared));
+  const int64_t blocks = (d + columns - 1) / columns;
   const int64_t size = num_prototypes * d;
   std::fill_n(sums, slices * size, 0.0);
   torch::stable::parallel_for(
@@ -230,13 +238,13 @@ void average_rows(
         for (int64_t part = begin; part < end; ++part) {
           const int64_t slice = part / blocks;
           const int64_t first = slice * n / slices;
-          const int64_t column = part % blocks * column_block;
+          const int64_t column = part % blocks * columns;
           rows_kernels<T>().add_rows(
               rows + first * d,
               (slice + 1) * n / slices - first,
               d,
               column,
-              std::min(column + column_block, d),
+              std::min(column + columns, d),
               labels + first,
               sums + slice * size);
         }

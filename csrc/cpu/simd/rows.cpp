@@ -23,6 +23,10 @@ KDCI_INLINE Vec<T> load_before(const T* from, const T* end) {
 // are long, which only a prefetch some rows ahead makes quick.
 constexpr int64_t rows_ahead = 16;
 
+// Statistics are taken of about so many values at a time, of whole rows, which
+// stay in the second-level cache until all of their columns are done.
+constexpr int64_t chunk_values = 1 << 14;
+
 template <typename T>
 KDCI_INLINE void prefetch_below(const T* from, int64_t d, int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -31,7 +35,8 @@ KDCI_INLINE void prefetch_below(const T* from, int64_t d, int64_t count) {
   }
 }
 
-/// Statistics of the columns of `vectors` vectors, from `k` on.
+/// Brings the statistics of the columns of `vectors` vectors, from `k` on, up
+/// to date with n rows.
 template <int vectors, typename T>
 KDCI_INLINE void vector_stats(
     const T* rows,
@@ -44,13 +49,31 @@ KDCI_INLINE void vector_stats(
     T* high) {
   constexpr int halves = sizeof(double) / sizeof(T);
   constexpr int64_t columns = vectors * lanes<T>;
-  Vec<double> sums[vectors * halves] = {};
+  // At the right edge the arrays have no room for whole vectors.
+  const int64_t width = d - k < columns ? d - k : columns;
+  double edge_sum[columns] = {};
+  T edge_low[columns] = {};
+  T edge_high[columns] = {};
+  const bool is_edge = width < columns;
+  double* to_sum = is_edge ? edge_sum : sum + k;
+  T* to_low = is_edge ? edge_low : low + k;
+  T* to_high = is_edge ? edge_high : high + k;
+  for (int64_t j = 0; is_edge && j < width; ++j) {
+    to_sum[j] = sum[k + j];
+    to_low[j] = low[k + j];
+    to_high[j] = high[k + j];
+  }
+  Vec<double> sums[vectors * halves];
   Vec<T> lows[vectors];
   Vec<T> highs[vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
-    lows[v] = load_before(rows + k + v * lanes<T>, rows_end);
-    highs[v] = lows[v];
+    lows[v] = load(to_low + v * lanes<T>);
+    highs[v] = load(to_high + v * lanes<T>);
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < vectors * halves; ++h) {
+    sums[h] = load(to_sum + h * lanes<double>);
   }
   const auto add = [&](const T* values) KDCI_ALWAYS_INLINE {
 #pragma GCC unroll 4
@@ -81,14 +104,19 @@ KDCI_INLINE void vector_stats(
     }
     add(values);
   }
-  const int64_t width = d - k < columns ? d - k : columns;
-  for (int64_t j = 0; j < width; ++j) {
-    const int64_t v = j / lanes<T>;
-    const T lowest = lows[v][j % lanes<T>];
-    const T highest = highs[v][j % lanes<T>];
-    sum[k + j] += sums[j / lanes<double>][j % lanes<double>];
-    low[k + j] = lowest < low[k + j] ? lowest : low[k + j];
-    high[k + j] = highest > high[k + j] ? highest : high[k + j];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    store(to_low + v * lanes<T>, lows[v]);
+    store(to_high + v * lanes<T>, highs[v]);
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < vectors * halves; ++h) {
+    store(to_sum + h * lanes<double>, sums[h]);
+  }
+  for (int64_t j = 0; is_edge && j < width; ++j) {
+    sum[k + j] = to_sum[j];
+    low[k + j] = to_low[j];
+    high[k + j] = to_high[j];
   }
 }
 
@@ -101,12 +129,15 @@ void column_stats(
     double* sum,
     T* low,
     T* high) {
-  int64_t k = 0;
-  for (; k + 4 * lanes<T> <= d; k += 4 * lanes<T>) {
-    vector_stats<4>(rows, n, d, rows_end, k, sum, low, high);
-  }
-  for (; k < d; k += lanes<T>) {
-    vector_stats<1>(rows, n, d, rows_end, k, sum, low, high);
+  const int64_t chunk =
+      chunk_values / d > rows_ahead ? chunk_values / d : rows_ahead;
+  for (int64_t first = 0; first < n; first += chunk) {
+    const T* from = rows + first * d;
+    const int64_t count = n - first < chunk ? n - first : chunk;
+    for_blocks<T>(d, [&](auto size, int64_t k) KDCI_ALWAYS_INLINE {
+      vector_stats<decltype(size)::value>(
+          from, count, d, rows_end, k, sum, low, high);
+    });
   }
 }
 

@@ -33,6 +33,19 @@ void project_tile(
   });
 }
 
+/// Fetches the block of a tile that sums of products will be added to: from far
+/// away where the matrix is large.
+template <int width, int vectors, typename T>
+KDCI_INLINE void prefetch_block(const T* target) {
+#pragma GCC unroll 6
+  for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(target + c * tile_points + v * lanes<T>, 1);
+    }
+  }
+}
+
 template <typename T>
 void add_products(
     const T* rows,
@@ -49,6 +62,8 @@ void add_products(
         last - first, [&](auto group, int64_t offset) KDCI_ALWAYS_INLINE {
           constexpr int vectors = decltype(size)::value;
           constexpr int width = decltype(group)::value;
+          T* target = tile + (first + offset) * tile_points + i;
+          prefetch_block<width, vectors>(target);
           Block<T, width, vectors> block = {};
           accumulate<false, T, width, vectors>(
               rows + column + i,
@@ -57,7 +72,6 @@ void add_products(
               block,
               stride,
               stride);
-          T* target = tile + (first + offset) * tile_points + i;
 #pragma GCC unroll 6
           for (int c = 0; c < width; ++c) {
 #pragma GCC unroll 4
@@ -194,6 +208,8 @@ void add_pair_products(
         last - first, [&](auto group, int64_t offset) KDCI_ALWAYS_INLINE {
           constexpr int vectors = decltype(size)::value;
           constexpr int width = decltype(group)::value;
+          float* target = tile + (first + offset) * tile_points + i;
+          prefetch_block<width, vectors>(target);
           Block<int32_t, width, vectors> block = {};
           accumulate_pairs<width, vectors>(
               pairs + column + i,
@@ -202,7 +218,6 @@ void add_pair_products(
               block,
               stride,
               stride);
-          float* target = tile + (first + offset) * tile_points + i;
 #pragma GCC unroll 6
           for (int c = 0; c < width; ++c) {
 #pragma GCC unroll 4
