@@ -156,7 +156,7 @@ class Method(ABC, Generic[SettingsT]):
     Class attributes:
         summary: One line for ``kdci list methods``.
         Settings: Dataclass of the method's own settings.
-        defaults: Shared settings (config.py) that differ for this method.
+        defaults: Shared settings (`python_models.config`) that differ for this method.
         num_prototypes: Default size of KDCI's dictionary.
         needs_unlabelled: Whether the method samples from unlabelled images.
         needs_labels: Whether the method is not data-free: it trains on labelled images.
