@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from kdci_ext import _ops as _ops  # registers the fake kernels and autograd
-from kdci_ext import distributed, functional, reference, streaming
+from kdci_ext import distributed, functional, reference, streaming, sums
 from kdci_ext._load import build_info
 from kdci_ext.dictionary import ConfounderDictionary
 from kdci_ext.distributed import distributed_confounder_dictionary
@@ -39,6 +39,7 @@ __all__ = [
     "reference",
     "stream_confounder_dictionary",
     "streaming",
+    "sums",
 ]
 
 try:

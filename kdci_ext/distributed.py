@@ -19,9 +19,18 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
-from kdci_ext import _checks, functional, reference, streaming
+from kdci_ext import _checks, functional, reference
 from kdci_ext.dictionary import ConfounderDictionary
 from kdci_ext.functional import Backend, Seeding
+from kdci_ext.sums import (
+    PartialSums,
+    PrincipalSubspace,
+    column_moments,
+    dictionary_of,
+    gathered,
+    lloyd_by_sums,
+    partial_sums,
+)
 
 __all__ = ["GATHERED_ROWS", "distributed_confounder_dictionary", "gathered_rows"]
 
@@ -60,7 +69,7 @@ def gathered_rows(rows: Tensor, group: distributed.ProcessGroup | None = None) -
     if most == 0:
         return rows.detach()
     padding = rows.new_zeros(most - len(rows), *rows.shape[1:])
-    parts = streaming._gathered(torch.cat([rows.detach(), padding]), group)
+    parts = gathered(torch.cat([rows.detach(), padding]), group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -75,7 +84,7 @@ def row_counts(rows: Tensor, group: distributed.ProcessGroup | None = None) -> l
         The m of each process, by rank.
     """
     count = torch.tensor([len(rows)], device=rows.device)
-    return torch.cat(streaming._gathered(count, group)).tolist()
+    return torch.cat(gathered(count, group)).tolist()
 
 
 def _first(group: distributed.ProcessGroup | None) -> int:
@@ -184,7 +193,7 @@ def distributed_confounder_dictionary(
         max_iter: As for :func:`build_confounder_dictionary`.
         tol: As for :func:`build_confounder_dictionary`.
         momentum: As for :func:`build_confounder_dictionary`.
-        backend: As for :func:`kdci_ext.streaming.partial_sums`: shards of CUDA tensors are
+        backend: As for :func:`kdci_ext.sums.partial_sums`: shards of CUDA tensors are
             clustered by plain PyTorch.
         group: The processes; by default all.
 
@@ -224,7 +233,7 @@ def distributed_confounder_dictionary(
         )
     check_finite_rows("features_shard", rows, n, group)
 
-    subspace = streaming.column_moments(rows).all_reduce(group).principal_subspace(num_components)
+    subspace = column_moments(rows).all_reduce(group).principal_subspace(num_components)
     if initial_prototypes is None:
         initial_prototypes = _seed(
             *(rows, counts, num_prototypes, init, subspace),
@@ -232,20 +241,18 @@ def distributed_confounder_dictionary(
         )
     labels = torch.full((len(rows),), -1, dtype=torch.int64, device=device)
 
-    def assign(prototypes: Tensor) -> tuple[streaming.PartialSums, bool]:
-        sums, assigned = streaming.partial_sums(rows, prototypes, subspace, backend=backend)
+    def assign(prototypes: Tensor) -> tuple[PartialSums, bool]:
+        sums, assigned = partial_sums(rows, prototypes, subspace, backend=backend)
         moved = (assigned != labels).any().long()
         distributed.all_reduce(moved, group=group)
         labels.copy_(assigned)
         return sums.all_reduce(group), bool(moved)
 
-    total, num_iter = streaming._lloyd_by_sums(
+    total, num_iter = lloyd_by_sums(
         *(assign, initial_prototypes.detach().double(), subspace, n),
         *(num_components, max_iter, float(tol), float(momentum)),
     )
-    found = streaming._dictionary_of(
-        total, n, subspace, labels, num_iter, reference.accumulate_dtype(rows)
-    )
+    found = dictionary_of(total, n, subspace, labels, num_iter, reference.accumulate_dtype(rows))
     share_bits([found.prototypes, found.proportions], group)
     return found
 
@@ -255,7 +262,7 @@ def _seed(
     counts: list[int],
     num_prototypes: int,
     init: Seeding,
-    subspace: streaming.PrincipalSubspace,
+    subspace: PrincipalSubspace,
     generator: torch.Generator,
     group: distributed.ProcessGroup | None,
 ) -> Tensor:

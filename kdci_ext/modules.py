@@ -24,7 +24,7 @@ from kdci_ext.distributed import (
     shared_generator,
 )
 from kdci_ext.functional import Backend, Weighting, confounder_dictionary
-from kdci_ext.streaming import column_moments
+from kdci_ext.sums import column_moments
 
 __all__ = ["KDCI", "PriorCompensation"]
 

@@ -274,7 +274,7 @@ def _relocate_empty(labels: Tensor, own: Tensor, num_prototypes: int) -> Tensor:
 def assign_rows(
     features: Tensor, mean: Tensor, basis: Tensor | None, centers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Assign rows to the nearest centres, and sum them up; see ``streaming.partial_sums``.
+    """Assign rows to the nearest centres, and sum them up; see ``sums.partial_sums``.
 
     Args:
         features: Rows [m, d], any floating type.

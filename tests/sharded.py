@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from kdci_ext.streaming import PartialSums, column_moments, partial_sums
+from kdci_ext.sums import PartialSums, column_moments, partial_sums
 
 
 def mixture(n: int, d: int, seed: int = 3) -> Tensor:

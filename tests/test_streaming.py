@@ -25,7 +25,8 @@ from kdci_ext import (
     reference,
     stream_confounder_dictionary,
 )
-from kdci_ext.streaming import PartialSums, _RowSample, column_moments, partial_sums
+from kdci_ext._blocks import RowSample
+from kdci_ext.sums import PartialSums, column_moments, partial_sums
 
 WIDE = (torch.float32, torch.float64)
 
@@ -393,7 +394,7 @@ def test_a_constant_column_may_be_of_any_size(dtype):
 def test_sample_does_not_depend_on_the_blocks(data):
     n, size = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 70))
     rows = torch.arange(n)[:, None].float()
-    whole, pieces = _RowSample(size, 5), _RowSample(size, 5)
+    whole, pieces = RowSample(size, 5), RowSample(size, 5)
     whole.add(rows)
     for piece in rows.split(data.draw(st.integers(1, 60))):
         pieces.add(piece)
@@ -407,7 +408,7 @@ def test_sample_takes_every_row_as_often():
     """Over 1500 draws of 4 of 12 rows each row is chosen 500 times, to 4 standard deviations."""
     counts = torch.zeros(12)
     for seed in range(1500):
-        sample = _RowSample(4, seed)
+        sample = RowSample(4, seed)
         for piece in torch.arange(12)[:, None].split(5):
             sample.add(piece)
         counts[sample.rows[:, 0]] += 1
