@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -611,6 +612,22 @@ def test_opcheck(dtype):
     operator = torch.ops.kdci_ext.confounder_dictionary.default
     torch.library.opcheck(operator, (features, uniforms, None, 3, 10, 1e-4, 0.9))
     torch.library.opcheck(operator, (features, uniforms, features[:4], 6, 10, 1e-4, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("first", "same_as"), [(math.nan, 0.0), (-1.0, 0.0), (2.0, 0.9999), (math.inf, 0.9999)]
+)
+def test_any_first_draw_names_a_row(first, same_as):
+    """Nothing outside of the rows is read, whatever the operator is given."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 6, generator=generator)
+    found = []
+    for value in (first, same_as):
+        uniforms = torch.full((4, 3), 0.5, dtype=torch.float64)
+        uniforms[0] = value
+        arguments = (uniforms, None, 6, 1, 1e-4, 0.0)
+        found.append(torch.ops.kdci_ext.confounder_dictionary(features, *arguments)[0])
+    assert torch.equal(*found)
 
 
 def test_compiles_without_graph_breaks():

@@ -140,8 +140,10 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
   std::fill(
       distances + sample_size_, distances + sample_tiles_ * tile_points, T(0));
 
-  const int64_t first = std::min(
-      sample_size_ - 1, static_cast<int64_t>(uniforms[0] * sample_size_));
+  // Whatever the first uniform is, it must name a point.
+  const double drawn = uniforms[0] * sample_size_;
+  const int64_t first =
+      drawn > 0 ? static_cast<int64_t>(std::min(drawn, sample_size_ - 1.0)) : 0;
   copy_point(sample_, first, centers_, count);
   copy_point(sample_, first, point_, 1);
   // One pass over the points for each centre: it brings the distances up to

@@ -114,13 +114,26 @@ class SharedArena {
   int64_t left_;
 };
 
+/// What blocks leave for each other in stage seed: potentials, and rows drawn.
+template <typename A>
+int64_t potential_bytes(const Clustering<A>& p, int64_t blocks) {
+  return (blocks + 1) * p.candidates * static_cast<int64_t>(sizeof(double));
+}
+
+template <typename A>
+int64_t drawn_bytes(const Clustering<A>& p) {
+  return 2 * p.candidates * static_cast<int64_t>(sizeof(int64_t));
+}
+
 /// What of stage lloyd is kept in shared memory, for blocks with `own_rows`
-/// rows each; rows stay there only in a cluster.
+/// rows each; rows stay there only in a cluster, and only where they leave
+/// `reserved` bytes to stage seed.
 template <typename A>
 SharedLayout lloyd_layout(
     const Clustering<A>& p,
     int64_t own_rows,
     bool keep_points,
+    int64_t reserved,
     int64_t capacity) {
   constexpr int64_t element = sizeof(A);
   const int64_t row = shared_stride<A>(p.stride) * element;
@@ -133,7 +146,7 @@ SharedLayout lloyd_layout(
       (kWords<A> * p.q + 1) * p.clusters * static_cast<int64_t>(sizeof(Word));
   SharedLayout layout;
   SharedArena arena(layout, capacity);
-  if (keep_points && arena.has(points + centers)) {
+  if (keep_points && arena.has(points + largest(centers, reserved))) {
     layout.points = arena.take(points);
   } else {
     layout.stage_points = arena.take(stage_points);
@@ -165,10 +178,8 @@ void add_seeding(
     layout.seed_points =
         arena.take(ceil_div(rows, kTileRows) * kTileRows * row);
   }
-  layout.potential = arena.take(
-      (blocks + 1) * p.candidates * static_cast<int64_t>(sizeof(double)));
-  layout.drawn =
-      arena.take(2 * p.candidates * static_cast<int64_t>(sizeof(int64_t)));
+  layout.potential = arena.take(potential_bytes(p, blocks));
+  layout.drawn = arena.take(drawn_bytes(p));
   if (arena.has((p.candidates + 1) * rows * element + 16)) {
     layout.distances = arena.take(rows * element);
     layout.trial = arena.take(p.candidates * rows * element);
@@ -201,15 +212,19 @@ void run_stages(
     // Several blocks to a multiprocessor, if none of them goes short for it.
     const int64_t share =
         shared_capacity(kernel, device, kBlocksPerProcessor<A>);
-    layout = lloyd_layout(clustering, clustering.n, false, share);
+    layout = lloyd_layout(clustering, clustering.n, false, 0, share);
     if (layout.centers >= 0 && layout.sums >= 0) {
       capacity = share;
     } else {
-      layout = lloyd_layout(clustering, clustering.n, false, capacity);
+      layout = lloyd_layout(clustering, clustering.n, false, 0, capacity);
     }
   } else if (stages.lloyd) {
+    // Each of the two is rounded up to 16 bytes.
+    const int64_t reserved = stages.seed
+        ? potential_bytes(clustering, blocks) + drawn_bytes(clustering) + 16
+        : 0;
     layout = lloyd_layout(
-        clustering, ceil_div(clustering.n, blocks), true, capacity);
+        clustering, ceil_div(clustering.n, blocks), true, reserved, capacity);
   }
   if (stages.seed) {
     add_seeding(clustering, blocks, capacity, layout);

@@ -107,11 +107,14 @@ __device__ __noinline__ void seed(
     return team.box(left_row, p.draws, draws, of);
   };
 
+  // Whatever the first uniform is, it must name a row.
   const int64_t first = sample_row(
-      minimum(
-          p.seed_rows - 1,
-          static_cast<int64_t>(
-              p.uniforms[0] * static_cast<double>(p.seed_rows))),
+      maximum(
+          int64_t(0),
+          minimum(
+              p.seed_rows - 1,
+              static_cast<int64_t>(
+                  p.uniforms[0] * static_cast<double>(p.seed_rows)))),
       p.seed_rows,
       p.n);
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {

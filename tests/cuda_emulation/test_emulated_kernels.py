@@ -277,6 +277,28 @@ def test_devices(emulation, n, d, num_prototypes, device, dtype):
     )
 
 
+@pytest.mark.parametrize("n", [64, 256, 2048])
+def test_many_candidates(emulation, n):
+    """More of them than k-means++ has use for: rows leave shared memory to what they need."""
+    emulation.set_device(*DEVICES["little shared memory"])
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(4, 512, generator=generator, dtype=torch.float64)
+    features = rows(n, 40) + 4 * rows(4, 40, 1)[torch.arange(n) % 4]
+    assert_matches_reference(emulation.ops, features, uniforms, max_iter=2)
+
+
+@pytest.mark.parametrize(("first", "same_as"), [(math.nan, 0.0), (-1.0, 0.0), (2.0, 0.9999)])
+def test_any_first_draw_names_a_row(emulation, first, same_as):
+    """Nothing outside of the rows is read, whatever the operator is given."""
+    got = []
+    for value in (first, same_as):
+        uniforms = draws(4)
+        uniforms[0] = value
+        arguments = (uniforms, None, 6, 1, 1e-4, 0.0)
+        got.append(emulation.ops.confounder_dictionary(rows(200, 6), *arguments))
+    assert torch.equal(got[0][0], got[1][0])
+
+
 def test_long_rows_and_many_centres_of_the_grid(emulation):
     """Neither centres nor sums have room in shared memory; the last tile of rows is short."""
     emulation.set_device(8, 3, 56 << 10)
