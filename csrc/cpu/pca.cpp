@@ -171,7 +171,7 @@ PrincipalSubspace<T>::PrincipalSubspace(
   width_ = reduced || 2 * width >= size_ ? 0 : width;
   groups_ = gram_ || d >= wide_rows ? 1 : std::clamp<int64_t>(n / 8192, 1, 16);
   chunk_rows_ = gram_ ? n : std::min<int64_t>(n, 256);
-  // An odd number of cache lines: rows a power of two apart evict each other.
+  // Floats: an odd number of lines, as rows a power of two apart evict others.
   stride_ = gram_ ? d : num_tiles_ * tile_points + line_values;
 
   const int64_t matrix = num_tiles_ * size_ * tile_points;
