@@ -61,6 +61,7 @@ struct Columns {
   T* shift;     // [d], mean * 2^exponent
   int exponent; // rows * 2^exponent - shift lie in (-1, 1)
   T scale;      // 2^exponent
+  T extent;     // the largest of rows * scale - shift, without its sign
 };
 
 /// Finds the columns' means and the scaling; false if a sum is not finite.
@@ -116,6 +117,7 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
         std::min(most, most - distance));
   }
   columns.scale = std::ldexp(T(1), columns.exponent);
+  columns.extent = static_cast<T>(std::ldexp(largest, columns.exponent));
   for (int64_t k = 0; k < d; ++k) {
     columns.shift[k] =
         static_cast<T>(std::ldexp(columns.mean[k], columns.exponent));
@@ -346,7 +348,12 @@ void build_dictionary(const Problem<T>& problem) {
     return;
   }
   const CenteredRows<T> rows{
-      problem.features, n, d, buffers.columns.shift, buffers.columns.scale};
+      problem.features,
+      n,
+      d,
+      buffers.columns.shift,
+      buffers.columns.scale,
+      buffers.columns.extent};
   if (project) {
     buffers.subspace->compute(rows);
     pack_columns(buffers.basis, d, q, buffers.packed_basis);

@@ -79,8 +79,9 @@ Kmeans<T>::Kmeans(
   pairs_ = arena.take<uint32_t>(small_ ? 0 : (depth + 1) / 2 * num_centers);
   bias_ = arena.take<T>(num_centers);
   drift_ = arena.take<T>(num_centers);
-  slack_ = arena.take<T>(num_tiles_ * tile_points);
-  point_ = arena.take<T>(depth);
+  slack_ = arena.take<T>(
+      tile_points * std::max(num_tiles_, sample_tiles_ * candidates));
+  nearest_ = slack_;
   candidate_points_ = arena.take<T>(depth * candidates);
   tile_sums_ =
       arena.take<double>(std::max(num_tiles_, sample_tiles_ * candidates));
@@ -135,45 +136,44 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
   const auto& kernels = kmeans_kernels<T>();
   const int64_t count = num_centers_;
   take_sample();
-  T* distances = slack_;
-  std::fill_n(distances, sample_size_, std::numeric_limits<T>::infinity());
-  std::fill(
-      distances + sample_size_, distances + sample_tiles_ * tile_points, T(0));
+  for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
+    const int64_t points =
+        std::min(tile_points, sample_size_ - tile * tile_points);
+    T* distances = nearest_ + tile * candidates_ * tile_points;
+    std::fill_n(distances, points, std::numeric_limits<T>::infinity());
+    std::fill(distances + points, distances + tile_points, T(0));
+  }
 
   // Whatever the first uniform is, it must name a point.
   const double drawn = uniforms[0] * sample_size_;
   const int64_t first =
       drawn > 0 ? static_cast<int64_t>(std::min(drawn, sample_size_ - 1.0)) : 0;
   copy_point(sample_, first, centers_, count);
-  copy_point(sample_, first, point_, 1);
-  // One pass over the points for each centre: it brings the distances up to
-  // date with the centre chosen last, and tries all candidates for the next.
-  const auto pass = [&](const T* chosen, int64_t candidates) {
+  copy_point(sample_, first, candidate_points_, 1);
+  int64_t chosen = 0; // of the candidates tried last
+  // One pass over the points for each centre, which tries all candidates.
+  const auto try_candidates = [&](int64_t candidates) {
+    pack_columns(candidate_points_, depth_, candidates, packed_);
     torch::stable::parallel_for(
-        0,
-        sample_tiles_,
-        grain(candidates + 1),
-        [&](int64_t begin, int64_t end) {
+        0, sample_tiles_, grain(candidates), [&](int64_t begin, int64_t end) {
           kernels.seed_tiles(
               sample_,
               depth_,
               begin,
               end,
-              distances,
-              chosen,
               packed_,
               candidates,
+              candidates_,
+              chosen,
+              nearest_,
               tile_sums_);
         });
   };
-  pass(point_, 0);
-  const T* pending = nullptr; // the centre that the distances lack
-  int64_t best = 0;
+  try_candidates(1);
   for (int64_t center = 1; center < count; ++center) {
-    const int64_t stride = pending == nullptr ? 1 : candidates_;
     double total = 0;
     for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
-      total += tile_sums_[tile * stride + best];
+      total += tile_sums_[tile * candidates_ + chosen];
       cumulative_[tile] = total;
     }
     if (!(total > 0)) {
@@ -186,43 +186,33 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
     }
     for (int64_t c = 0; c < candidates_; ++c) {
       const double uniform = uniforms[center * candidates_ + c];
-      const int64_t row = draw(uniform * total, pending);
+      const int64_t row = draw(uniform * total, chosen);
       copy_point(sample_, row, candidate_points_ + c, candidates_);
     }
-    if (candidates_ > 1) {
-      pack_columns(candidate_points_, depth_, candidates_, packed_);
-      pass(pending, candidates_);
-      // Equal potentials are common (either of the last two rows leaves their
-      // distance), and must not be told apart by rounding.
-      best = 0;
-      double least = 0;
-      for (int64_t c = 0; c < candidates_; ++c) {
-        double potential = 0;
-        for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
-          potential += tile_sums_[tile * candidates_ + c];
-        }
-        if (c == 0 || potential < least * (1 - 1e-6)) {
-          least = potential;
-          best = c;
-        }
+    try_candidates(candidates_);
+    // Equal potentials are common (either of the last two rows leaves their
+    // distance), and must not be told apart by rounding.
+    double least = 0;
+    for (int64_t c = 0; c < candidates_; ++c) {
+      double potential = 0;
+      for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
+        potential += tile_sums_[tile * candidates_ + c];
       }
-      pending = point_;
+      if (c == 0 || potential < least * (1 - 1e-6)) {
+        least = potential;
+        chosen = c;
+      }
     }
     for (int64_t k = 0; k < depth_; ++k) {
-      point_[k] = candidate_points_[k * candidates_ + best];
-      centers_[k * count + center] = point_[k];
-    }
-    if (candidates_ == 1) {
-      pass(point_, 0);
+      centers_[k * count + center] = candidate_points_[k * candidates_ + chosen];
     }
   }
 }
 
 /// The first point of the sample at which the cumulative squared distances
-/// exceed `threshold`; `chosen`, unless it is null, is a centre that the
-/// distances do not know yet.
+/// that candidate `chosen` left exceed `threshold`.
 template <typename T>
-int64_t Kmeans<T>::draw(double threshold, const T* chosen) {
+int64_t Kmeans<T>::draw(double threshold, int64_t chosen) const {
   int64_t tile =
       std::upper_bound(cumulative_, cumulative_ + sample_tiles_, threshold) -
       cumulative_;
@@ -232,20 +222,8 @@ int64_t Kmeans<T>::draw(double threshold, const T* chosen) {
          (tile > 0 && cumulative_[tile] == cumulative_[tile - 1])) {
     --tile;
   }
-  T* distances = slack_ + tile * tile_points;
-  if (chosen != nullptr) {
-    double unused;
-    kmeans_kernels<T>().seed_tiles(
-        sample_ + tile * depth_ * tile_points,
-        depth_,
-        0,
-        1,
-        distances,
-        chosen,
-        nullptr,
-        0,
-        &unused);
-  }
+  const T* distances =
+      nearest_ + (tile * candidates_ + chosen) * tile_points;
   double sum = tile > 0 ? cumulative_[tile - 1] : 0;
   int64_t last = 0;
   for (int64_t i = 0; i < tile_points; ++i) {
@@ -452,15 +430,16 @@ bool Kmeans<T>::find_means(const int64_t* labels, double& between) {
         [&](int64_t a, int64_t b) {
           return slack_[a] > slack_[b] || (slack_[a] == slack_[b] && a < b);
         });
+    std::vector<T> point(depth_);
     auto row = rows.begin();
     for (int64_t c = 0; c < num_centers_; ++c) {
       if (counts_[c] != 0 || !(slack_[*row] > 0)) {
         continue;
       }
       const int64_t donor = labels[*row];
-      copy_point(tiles_, *row, point_, 1);
+      copy_point(tiles_, *row, point.data(), 1);
       for (int64_t k = 0; k < depth_; ++k) {
-        const int64_t value = std::llrint(point_[k] * sum_scale_);
+        const int64_t value = std::llrint(point[k] * sum_scale_);
         adjusted_sums[donor * depth_ + k] -= value;
         adjusted_sums[c * depth_ + k] = value;
       }

@@ -65,7 +65,7 @@ class Kmeans {
 
  private:
   void take_sample();
-  int64_t draw(double threshold, const T* chosen);
+  int64_t draw(double threshold, int64_t chosen) const;
   void copy_point(const T* tiles, int64_t row, T* point, int64_t stride) const;
   int64_t assign(int64_t* labels);
   void prepare_products(Assignment<T>& task);
@@ -96,10 +96,11 @@ class Kmeans {
   T* bias_;         // [K]
   T* drift_;        // [K]
   bool has_slack_ = false;
-  // The slack of each point; or squared distances, of the sample's points to
-  // the chosen centres, or of all points to their own.
+  // The slack of each point, or its squared distance to its own centre; while
+  // centres are being chosen, in the same place, the squared distances of the
+  // sample's points to the nearest one and each of the candidates.
   T* slack_;            // [num_tiles * 64]
-  T* point_;            // [depth]
+  T* nearest_;          // [sample_tiles, candidates, 64]
   T* candidate_points_; // [depth, candidates]
   double* tile_sums_;   // [sample_tiles, candidates], at least [num_tiles]
   double* cumulative_;  // [sample_tiles]

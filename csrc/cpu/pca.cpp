@@ -41,10 +41,18 @@ constexpr int64_t many_rows_size = 1024;
 // Rows rounded to integers: so many at a time that no sum of products of
 // values in (-1, 1) times the factor exceeds 2^30. For few values it does not
 // pay, and below this root mean square too few digits are left.
-constexpr int64_t coarse_rows = 128;
-constexpr float coarse_factor = 2800;
-constexpr int64_t coarse_values = 1 << 14;
-constexpr double coarse_deviation = 1.0 / 64;
+constexpr int64_t integer_values = 1 << 14;
+constexpr int64_t pair_rows = 128;
+constexpr float pair_factor = 2800;
+constexpr double pair_deviation = 44;
+
+// To bytes, which pay where products take more time than the rounding. What
+// they cost is noise of variance 1/12 beside the variance of the rows.
+constexpr int64_t quad_rows = 256;
+constexpr int64_t quad_columns = 64;
+constexpr float quad_largest = 127;
+constexpr double quad_deviation = 4;
+constexpr double quad_loss = 2e-4;
 
 constexpr int max_cycles = 12;
 constexpr int max_degree = 16;
@@ -57,6 +65,17 @@ constexpr int64_t line_values = 16;
 
 // Rows of a tile of the matrix that one task computes: whole groups.
 constexpr int64_t task_rows = 16 * group_columns;
+
+int64_t rows_of_word(Digits digits) {
+  return digits == Digits::quads ? 4 : digits == Digits::pairs ? 2 : 1;
+}
+
+/// What values are multiplied by before they are rounded.
+float integer_factor(Digits digits, float extent) {
+  return digits == Digits::pairs ? pair_factor
+      : extent > 0               ? quad_largest / extent
+                                 : 1;
+}
 
 /// 1 or -1, fixed for each index (the SplitMix64 generator).
 int scrambled_sign(uint64_t index) {
@@ -86,9 +105,10 @@ Spectrum spectrum(
     const EigenBuffers& buffers) {
   if (sizeof(T) == 4) {
     const int64_t pitch = eigen_pitch(n);
-    std::fill_n(buffers.matrix, n * pitch, 0.0F);
-    for (int64_t i = 0; i < n * n; ++i) {
-      buffers.matrix[i / n * pitch + i % n] = static_cast<float>(matrix[i]);
+    for (int64_t i = 0; i < n; ++i) {
+      float* row = buffers.matrix + i * pitch;
+      std::copy_n(matrix + i * n, n, row);
+      std::fill(row + n, row + pitch, 0.0F);
     }
     const int64_t ranks[] = {0, q - 1, n - 1};
     double values[3];
@@ -104,21 +124,21 @@ Spectrum spectrum(
   return {values[0], values[q - 1], values[n - 1]};
 }
 
-/// vectors [n, q] = the leading eigenvectors of the matrix of these entries.
-template <typename T, typename Entry>
+/// vectors [n, q] = the leading eigenvectors of the matrix whose row i is
+/// written by copy_row(i, row).
+template <typename T, typename CopyRow>
 void leading_vectors(
     int64_t n,
     int64_t q,
-    Entry entry,
+    CopyRow copy_row,
     const EigenBuffers& buffers,
     T* vectors) {
   if (sizeof(T) == 4) {
     const int64_t pitch = eigen_pitch(n);
-    std::fill_n(buffers.matrix, n * pitch, 0.0F);
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        buffers.matrix[i * pitch + j] = static_cast<float>(entry(i, j));
-      }
+      float* row = buffers.matrix + i * pitch;
+      copy_row(i, row);
+      std::fill(row + n, row + pitch, 0.0F);
     }
     if (eigen_kernels().leading_eigenvectors(
             buffers.matrix, n, q, buffers.vectors, buffers.work)) {
@@ -133,9 +153,7 @@ void leading_vectors(
   std::vector<double> values(n);
   std::vector<double> work(4 * n);
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      matrix[i * n + j] = entry(i, j);
-    }
+    copy_row(i, matrix.data() + i * n);
   }
   eigen_kernels().symmetric_eigen(
       matrix.data(),
@@ -224,11 +242,14 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   if (gram_) {
     form_gram(rows);
   } else {
-    // Integers leave enough digits unless a few values dwarf all others.
-    const bool coarse = pairs_ && n_ * d_ >= coarse_values;
-    form_covariance(rows, coarse);
-    if (coarse && variance() < coarse_deviation * coarse_deviation * n_ * d_) {
-      form_covariance(rows, false);
+    Digits digits = Digits::floats;
+    if (pairs_ && n_ * d_ >= integer_values) {
+      digits = d_ >= quad_columns ? Digits::quads : Digits::pairs;
+    }
+    form_covariance(rows, digits);
+    while (!enough_digits(rows, digits)) {
+      digits = digits == Digits::quads ? Digits::pairs : Digits::floats;
+      form_covariance(rows, digits);
     }
   }
   // What fills up the last tile was not written.
@@ -274,28 +295,55 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   }
 }
 
-/// `coarse`: from rows rounded to 16-bit integers.
+/// Whether rows that were rounded to these digits have left a covariance whose
+/// subspace is as good as the exact one.
+template <typename T>
+bool PrincipalSubspace<T>::enough_digits(
+    const CenteredRows<T>& rows,
+    Digits digits) const {
+  if (digits == Digits::floats) {
+    return true;
+  }
+  const double factor = integer_factor(digits, rows.extent);
+  const double square = variance() / (n_ * d_) * factor * factor;
+  if (digits == Digits::pairs) {
+    return square >= pair_deviation * pair_deviation;
+  }
+  // The first-order loss where no direction stands out, about twice which is
+  // seen: errors of q (d - q) products mix as many pairs of directions.
+  const double loss = q_ / (6.0 * square * n_);
+  return square >= quad_deviation * quad_deviation && loss <= quad_loss;
+}
+
 template <typename T>
 void PrincipalSubspace<T>::form_covariance(
     const CenteredRows<T>& rows,
-    bool coarse) {
+    Digits digits) {
   const int64_t d = d_;
   const int64_t size = num_tiles_ * d * tile_points;
-  const int64_t chunk_rows = coarse ? coarse_rows : chunk_rows_;
+  const int64_t packed = rows_of_word(digits);
+  const int64_t chunk_rows = digits == Digits::quads ? quad_rows
+      : digits == Digits::pairs                      ? pair_rows
+                                                     : chunk_rows_;
+  const float factor = integer_factor(digits, rows.extent);
   // What pads the rows must give zeros.
   std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
-  // `first` is even where it is not the first row of a chunk.
+  // Row `at` of a chunk is the first one of a word.
   const auto center = [&](int64_t first, int64_t count, T* chunk, int64_t at) {
     if constexpr (sizeof(T) == 4) {
-      if (coarse) {
-        pair_kernels().center_rows(
+      if (digits != Digits::floats) {
+        const IntegerKernels& kernels = integer_kernels();
+        const auto center_words = digits == Digits::quads
+            ? kernels.center_quads
+            : kernels.center_pairs;
+        center_words(
             rows.data + first * d,
             count,
             d,
             rows.shift,
             rows.scale,
-            coarse_factor,
-            reinterpret_cast<uint32_t*>(chunk) + at / 2 * stride_,
+            factor,
+            reinterpret_cast<uint32_t*>(chunk) + at / packed * stride_,
             stride_);
         return;
       }
@@ -319,8 +367,11 @@ void PrincipalSubspace<T>::form_covariance(
     T* to = sums + tile * d * tile_points;
     const int64_t column = tile * tile_points;
     if constexpr (sizeof(T) == 4) {
-      if (coarse) {
-        pair_kernels().add_products(
+      if (digits != Digits::floats) {
+        const IntegerKernels& kernels = integer_kernels();
+        const auto add_words =
+            digits == Digits::quads ? kernels.add_quads : kernels.add_pairs;
+        add_words(
             reinterpret_cast<const uint32_t*>(chunk),
             count,
             stride_,
@@ -328,7 +379,7 @@ void PrincipalSubspace<T>::form_covariance(
             last,
             column,
             tile_size(tile),
-            coarse_factor,
+            factor,
             to,
             accumulated);
         return;
@@ -383,9 +434,13 @@ void PrincipalSubspace<T>::form_covariance(
     for (int64_t start = 0; start < n_; start += chunk_rows) {
       const int64_t count = std::min(chunk_rows, n_ - start);
       torch::stable::parallel_for(
-          0, (count + 1) / 2, 32, [&](int64_t begin, int64_t end) {
-            const int64_t last = std::min(2 * end, count);
-            center(start + 2 * begin, last - 2 * begin, centered_, 2 * begin);
+          0,
+          (count + packed - 1) / packed,
+          16,
+          [&](int64_t begin, int64_t end) {
+            const int64_t at = packed * begin;
+            const int64_t last = std::min(packed * end, count);
+            center(start + at, last - at, centered_, at);
           });
       torch::stable::parallel_for(
           0, num_tiles_ * tasks, 1, [&](int64_t begin, int64_t end) {
@@ -547,7 +602,7 @@ void PrincipalSubspace<T>::round_matrix() {
   const int64_t half = (size_ + 1) / 2;
   if constexpr (sizeof(T) == 4) {
     for (int64_t tile = 0; tile < num_tiles_; ++tile) {
-      pair_kernels().round_tile(
+      integer_kernels().round_tile(
           matrix_ + tile * size_ * tile_points,
           size_,
           matrix_factor_,
@@ -565,12 +620,12 @@ void PrincipalSubspace<T>::apply() {
     if (pairs_) {
       const int64_t half = (size_ + 1) / 2;
       auto* packed = reinterpret_cast<uint32_t*>(packed_);
-      pair_kernels().pack_block(
+      integer_kernels().pack_block(
           block_, num_tiles_, width_, size_, packed, unscale_);
       torch::stable::parallel_for(
           0, num_tiles_, grain, [&](int64_t begin, int64_t end) {
             for (int64_t tile = begin; tile < end; ++tile) {
-              pair_kernels().project_tile(
+              integer_kernels().project_tile(
                   matrix_pairs_ + tile * half * tile_points,
                   tile_size(tile),
                   size_,
@@ -743,7 +798,7 @@ void PrincipalSubspace<T>::take_leading() {
   leading_vectors<T>(
       w,
       q_,
-      [&](int64_t i, int64_t j) { return restricted_[i * w + j]; },
+      [&](int64_t i, auto* row) { std::copy_n(restricted_ + i * w, w, row); },
       eigen_,
       vectors.data());
   for (int64_t i = 0; i < w; ++i) {
@@ -775,7 +830,13 @@ void PrincipalSubspace<T>::solve_fully() {
   leading_vectors<T>(
       size_,
       q_,
-      [&](int64_t i, int64_t j) { return *entry(matrix_, size_, i, j); },
+      [&](int64_t i, auto* row) {
+        for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+          const int64_t first = tile * tile_points;
+          std::copy_n(
+              entry(matrix_, size_, i, first), tile_size(tile), row + first);
+        }
+      },
       buffers,
       leading_);
 }

@@ -19,7 +19,11 @@ struct CenteredRows {
   int64_t d;
   const T* shift; // [d], with room for 16 values more
   T scale;
+  T extent; // the largest of the centred values, without its sign
 };
+
+/// What rows are rounded to for their covariance.
+enum class Digits { floats, pairs, quads };
 
 /// Memory for the eigenvectors of a dense matrix [n, n] of floats.
 struct EigenBuffers {
@@ -50,7 +54,8 @@ class PrincipalSubspace {
   void compute(const CenteredRows<T>& rows);
 
  private:
-  void form_covariance(const CenteredRows<T>& rows, bool coarse);
+  void form_covariance(const CenteredRows<T>& rows, Digits digits);
+  bool enough_digits(const CenteredRows<T>& rows, Digits digits) const;
   double variance() const;
   void round_matrix();
   void form_gram(const CenteredRows<T>& rows);

@@ -230,6 +230,45 @@ float sum_lanes(Vec<float> values) {
   return sums[0];
 }
 
+/// rows [n, pitch] -= v w^T + w v^T and product = rows^T factors, of `width`
+/// vectors of columns; v, w and factors have an entry for each row.
+template <int width>
+void update_and_multiply(
+    float* rows,
+    int64_t n,
+    int64_t pitch,
+    const float* v,
+    const float* w,
+    const float* factors,
+    const float* column_v,
+    const float* column_w,
+    float* product) {
+  Vec<float> vj[width];
+  Vec<float> wj[width];
+  Vec<float> sums[width] = {};
+#pragma GCC unroll 4
+  for (int c = 0; c < width; ++c) {
+    vj[c] = load(column_v + c * lanes<float>);
+    wj[c] = load(column_w + c * lanes<float>);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    float* row = rows + i * pitch;
+    const Vec<float> vi = broadcast(v[i]);
+    const Vec<float> wi = broadcast(w[i]);
+    const Vec<float> factor = broadcast(factors[i]);
+#pragma GCC unroll 4
+    for (int c = 0; c < width; ++c) {
+      const Vec<float> a = load(row + c * lanes<float>) - vi * wj[c] - wi * vj[c];
+      store(row + c * lanes<float>, a);
+      sums[c] += factor * a;
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < width; ++c) {
+    store(product + c * lanes<float>, sums[c]);
+  }
+}
+
 /// Reduces matrix [n, pitch]; reflector k is I - v v^T with v in row k of
 /// `reflectors` [n, pitch].
 void reduce(
@@ -244,18 +283,15 @@ void reduce(
   for (int64_t i = 0; i < pitch; ++i) {
     w[i] = 0;
   }
-  const float* last_v = nullptr;
+  const float* last_v = w; // no update comes before the first step
   for (int64_t k = 0; k < n; ++k) {
     float* row = matrix + k * pitch;
     // Vectors of the columns that are still in work.
     const int64_t begin = k / lanes<float> * lanes<float>;
-    if (last_v != nullptr) {
-      const float vk = last_v[k];
-      const float wk = w[k];
-      for (int64_t j = begin; j < pitch; j += lanes<float>) {
-        store(
-            row + j, load(row + j) - vk * load(w + j) - wk * load(last_v + j));
-      }
+    const float vk = last_v[k];
+    const float wk = w[k];
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+      store(row + j, load(row + j) - vk * load(w + j) - wk * load(last_v + j));
     }
     reduced.diagonal[k] = row[k];
     reduced.off_diagonal[k] = 0;
@@ -280,53 +316,45 @@ void reduce(
     v[k + 1] -= reflected;
     for (int64_t j = begin; j < pitch; j += lanes<float>) {
       store(v + j, load(v + j) * scale);
-      store(product + j, Vec<float>{});
     }
-    // The last step's update of the matrix and this one's product with it, two
-    // rows at a time.
-    int64_t i = k + 1;
-    for (; i + 1 < n; i += 2) {
-      float* first = matrix + i * pitch;
-      float* second = first + pitch;
-      const float v0 = last_v != nullptr ? last_v[i] : 0;
-      const float v1 = last_v != nullptr ? last_v[i + 1] : 0;
-      const float* old_v = last_v != nullptr ? last_v : v;
-      const float w0 = last_v != nullptr ? w[i] : 0;
-      const float w1 = last_v != nullptr ? w[i + 1] : 0;
-      const float factor0 = v[i];
-      const float factor1 = v[i + 1];
-      for (int64_t j = begin; j < pitch; j += lanes<float>) {
-        const Vec<float> wj = load(w + j);
-        const Vec<float> vj = load(old_v + j);
-        const Vec<float> a = load(first + j) - v0 * wj - w0 * vj;
-        const Vec<float> b = load(second + j) - v1 * wj - w1 * vj;
-        store(first + j, a);
-        store(second + j, b);
-        store(product + j, load(product + j) + factor0 * a + factor1 * b);
-      }
+    // The last step's update of the matrix and this one's product with it.
+    const auto advance = [&](auto num, int64_t j) {
+      update_and_multiply<decltype(num)::value>(
+          matrix + (k + 1) * pitch + j,
+          n - k - 1,
+          pitch,
+          last_v + k + 1,
+          w + k + 1,
+          v + k + 1,
+          last_v + j,
+          w + j,
+          product + j);
+    };
+    int64_t j = begin;
+    for (; j + 4 * lanes<float> <= pitch; j += 4 * lanes<float>) {
+      advance(Count<4>(), j);
     }
-    for (; i < n; ++i) {
-      float* first = matrix + i * pitch;
-      const float v0 = last_v != nullptr ? last_v[i] : 0;
-      const float w0 = last_v != nullptr ? w[i] : 0;
-      const float* old_v = last_v != nullptr ? last_v : v;
-      for (int64_t j = begin; j < pitch; j += lanes<float>) {
-        const Vec<float> a =
-            load(first + j) - v0 * load(w + j) - w0 * load(old_v + j);
-        store(first + j, a);
-        store(product + j, load(product + j) + v[i] * a);
-      }
+    switch ((pitch - j) / lanes<float>) {
+      case 3:
+        advance(Count<3>(), j);
+        break;
+      case 2:
+        advance(Count<2>(), j);
+        break;
+      case 1:
+        advance(Count<1>(), j);
+        break;
     }
     // w = p - (p.v / 2) v; entries at and before k stay zero.
     Vec<float> dots = {};
-    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+    for (j = begin; j < pitch; j += lanes<float>) {
       dots += load(product + j) * load(v + j);
     }
     const float half = sum_lanes(dots) / 2;
-    for (int64_t j = begin; j < pitch; j += lanes<float>) {
+    for (j = begin; j < pitch; j += lanes<float>) {
       store(w + j, load(product + j) - half * load(v + j));
     }
-    for (int64_t j = begin; j <= k; ++j) {
+    for (j = begin; j <= k; ++j) {
       w[j] = 0;
     }
     last_v = v;
@@ -355,19 +383,19 @@ void bisect(
         matrix.diagonal[i] + radius > high ? matrix.diagonal[i] + radius : high;
     before = after;
   }
-  const float tiny = 1e-30f;
   const double span = high - low > 0 ? high - low : 1;
   for (int64_t i = 0; i < n; ++i) {
     diagonal[i] = static_cast<float>((matrix.diagonal[i] - low) / span);
     const double off = i > 0 ? matrix.off_diagonal[i - 1] / span : 0;
-    squares[i] = static_cast<float>(off * off) + tiny;
+    // Never zero, which divided by a pivot of zero would be no number.
+    squares[i] = static_cast<float>(off * off) + 1e-30f;
   }
   constexpr int vectors = 4;
   constexpr int64_t batch = vectors * lanes<float>;
   for (int64_t first = 0; first < count; first += batch) {
     Vec<float> lower[vectors];
     Vec<float> upper[vectors];
-    Vec<float> wanted[vectors]; // eigenvalues that are larger, or n
+    Vec<int32_t> wanted[vectors]; // eigenvalues that are larger, or n
     const int64_t left = count - first < batch ? count - first : batch;
     const int64_t used = (left + lanes<float> - 1) / lanes<float>;
     for (int64_t v = 0; v < vectors; ++v) {
@@ -375,30 +403,28 @@ void bisect(
       upper[v] = broadcast(1.0f);
       for (int64_t j = 0; j < lanes<float>; ++j) {
         const int64_t at = first + v * lanes<float> + j;
-        wanted[v][j] = at >= count ? 0.0f
-            : ranks != nullptr     ? static_cast<float>(ranks[at])
-                                   : static_cast<float>(at);
+        const int64_t rank = at >= count ? 0 : ranks != nullptr ? ranks[at] : at;
+        wanted[v][j] = static_cast<int32_t>(rank);
       }
     }
     for (int step = 0; step < 25; ++step) {
       Vec<float> middle[vectors];
       Vec<float> pivot[vectors];
-      Vec<float> larger[vectors];
+      Vec<int32_t> larger[vectors];
       for (int64_t v = 0; v < vectors; ++v) {
         middle[v] = (lower[v] + upper[v]) * 0.5f;
         pivot[v] = broadcast(1.0f);
-        larger[v] = Vec<float>{};
+        larger[v] = static_cast<int32_t>(n) - Vec<int32_t>{};
       }
+      // A pivot of zero counts by its sign, and the infinite one after it has
+      // the other sign: the two count as one, as they should.
       const auto count_larger = [&](auto num) {
         constexpr int width = decltype(num)::value;
         for (int64_t i = 0; i < n; ++i) {
 #pragma GCC unroll 4
           for (int v = 0; v < width; ++v) {
-            Vec<float> next = diagonal[i] - middle[v] - squares[i] / pivot[v];
-            const Vec<float> size = next < 0 ? -next : next;
-            next = size < tiny ? broadcast(-tiny) : next;
-            larger[v] += next > 0 ? broadcast(1.0f) : Vec<float>{};
-            pivot[v] = next;
+            pivot[v] = diagonal[i] - middle[v] - squares[i] / pivot[v];
+            larger[v] += (Vec<int32_t>)pivot[v] >> 31;
           }
         }
       };
@@ -435,40 +461,46 @@ void twist(
     double* z) {
   constexpr int64_t width = lanes<double>;
   const double tiny = norm * 1e-290 + 1e-300;
+  const auto off = [&](int64_t i) { return i < 0 ? 0 : matrix.off_diagonal[i]; };
   const auto safe = [&](Vec<double> pivot) {
     const Vec<double> size = pivot < 0 ? -pivot : pivot;
     return size < tiny ? broadcast(tiny) : pivot;
   };
   for (int round = 0; round < 2; ++round) {
-    Vec<double> pivot = broadcast(1.0);
+    // Pivots from the top and from the bottom, of which only what divides an
+    // entry's next neighbour by them is kept: forward[i] = off[i] / pivot[i]
+    // and backward[i] = off[i - 1] / pivot[i].
+    Vec<double> upper = {};
+    Vec<double> lower = {};
     for (int64_t i = 0; i < n; ++i) {
-      const double off = i > 0 ? matrix.off_diagonal[i - 1] : 0;
-      pivot = safe(matrix.diagonal[i] - values - off * off / pivot);
-      store(forward + i * width, pivot);
+      const int64_t j = n - 1 - i;
+      upper = off(i) / safe(matrix.diagonal[i] - values - off(i - 1) * upper);
+      lower = off(j - 1) / safe(matrix.diagonal[j] - values - off(j) * lower);
+      store(forward + i * width, upper);
+      store(backward + j * width, lower);
     }
     Vec<double> best = broadcast(__builtin_inf());
     Vec<double> residual = {};
     Vec<double> twist_at = {};
-    pivot = broadcast(1.0);
-    for (int64_t i = n - 1; i >= 0; --i) {
-      const double off = matrix.off_diagonal[i];
-      pivot = safe(matrix.diagonal[i] - values - off * off / pivot);
-      store(backward + i * width, pivot);
+    upper = Vec<double>{};
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<double> below =
+          i + 1 < n ? load(backward + (i + 1) * width) : Vec<double>{};
       const Vec<double> gamma =
-          load(forward + i * width) + pivot - (matrix.diagonal[i] - values);
+          matrix.diagonal[i] - values - off(i - 1) * upper - off(i) * below;
       const Vec<double> size = gamma < 0 ? -gamma : gamma;
       const auto smaller = size < best;
       best = smaller ? size : best;
       residual = smaller ? gamma : residual;
       twist_at = smaller ? broadcast(static_cast<double>(i)) : twist_at;
+      upper = load(forward + i * width);
     }
     Vec<double> length = {};
     Vec<double> entry = {};
     for (int64_t i = 0; i < n; ++i) {
-      const double off = i > 0 ? matrix.off_diagonal[i - 1] : 0;
       const double at = static_cast<double>(i);
-      const Vec<double> below = -off * entry / load(backward + i * width);
-      entry = twist_at < at ? below : Vec<double>{};
+      entry = -entry * load(backward + i * width);
+      entry = twist_at < at ? entry : Vec<double>{};
       entry = twist_at == at ? broadcast(1.0) : entry;
       store(z + i * width, entry);
       length += entry * entry;
@@ -476,8 +508,7 @@ void twist(
     entry = Vec<double>{};
     for (int64_t i = n - 1; i >= 0; --i) {
       const double at = static_cast<double>(i);
-      const Vec<double> above =
-          -matrix.off_diagonal[i] * entry / load(forward + i * width);
+      const Vec<double> above = -entry * load(forward + i * width);
       const Vec<double> old = load(z + i * width);
       entry = twist_at > at ? above : old;
       length += twist_at > at ? entry * entry : Vec<double>{};
@@ -485,10 +516,11 @@ void twist(
       store(z + i * width, entry);
     }
     values += residual / length;
+    for (int64_t j = 0; j < width; ++j) {
+      length[j] = 1 / __builtin_sqrt(length[j]);
+    }
     for (int64_t i = 0; round == 1 && i < n; ++i) {
-      for (int64_t j = 0; j < width; ++j) {
-        z[i * width + j] /= __builtin_sqrt(length[j]);
-      }
+      store(z + i * width, load(z + i * width) * length);
     }
   }
 }
@@ -528,7 +560,10 @@ void apply_reflectors(
     }
     apply(Count<4>(), first);
   }
-  for (; first < num_vectors; first += lanes<float>) {
+  for (; num_vectors - first > lanes<float>; first += 2 * lanes<float>) {
+    apply(Count<2>(), first);
+  }
+  if (first < num_vectors) {
     apply(Count<1>(), first);
   }
 }

@@ -25,33 +25,22 @@ void seed_tiles(
     int64_t depth,
     int64_t begin,
     int64_t end,
-    T* nearest,
-    const T* chosen,
     const T* columns,
     int64_t candidates,
+    int64_t stride,
+    int64_t chosen,
+    T* nearest,
     double* sums) {
   for (int64_t tile = begin; tile < end; ++tile) {
     const T* points = tiles + tile * depth * tile_points;
-    T* lowest = nearest + tile * tile_points;
-    if (chosen != nullptr) {
-      for (int64_t i = 0; i < tile_points; i += block_points<T>) {
-        Block<T, 1> block = {};
-        accumulate<true, T, 1, num_vectors>(points + i, depth, chosen, block);
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < num_vectors; ++v) {
-          const Vec<T> old = load(lowest + i + v * lanes<T>);
-          store(
-              lowest + i + v * lanes<T>, block[0][v] < old ? block[0][v] : old);
-        }
-      }
+    T* distances = nearest + tile * stride * tile_points;
+    T lowest[tile_points];
+    for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+      store(lowest + i, load(distances + chosen * tile_points + i));
     }
-    if (candidates == 0) {
-      sums[tile] = sum_all(lowest, tile_points);
-      continue;
-    }
-    T potentials[group_columns][tile_points];
     for_groups(candidates, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
       constexpr int width = decltype(group)::value;
+      T* left = distances + first * tile_points;
       for (int64_t i = 0; i < tile_points; i += block_points<T>) {
         Block<T, width> block = {};
         accumulate<true, T, width, num_vectors>(
@@ -62,14 +51,14 @@ void seed_tiles(
 #pragma GCC unroll 6
           for (int c = 0; c < width; ++c) {
             store(
-                potentials[c] + i + v * lanes<T>,
+                left + c * tile_points + i + v * lanes<T>,
                 block[c][v] < old ? block[c][v] : old);
           }
         }
       }
       for (int c = 0; c < width; ++c) {
-        sums[tile * candidates + first + c] =
-            sum_all(potentials[c], tile_points);
+        sums[tile * stride + first + c] =
+            sum_all(left + c * tile_points, tile_points);
       }
     });
   }
@@ -591,7 +580,7 @@ class AssignPass {
             }
           }
           ahead_.fetch(lines_);
-          accumulate_pairs<width, num_vectors>(
+          accumulate_words<Packing::pairs, width, num_vectors>(
               pairs_, half, task_.pairs + column * half, block);
         });
     // Each of the depth products is off by at most half of each factor.

@@ -49,20 +49,21 @@ struct KmeansKernels {
   /// Sum of the squares of a tile's values.
   double (*square_sum)(const T* tile, int64_t depth);
 
-  /// One round of k-means++ over tiles [begin, end). Lowers nearest[i], the
-  /// squared distance of point i to the chosen centres, by the centre `chosen`
-  /// [depth] unless it is null; then writes for each tile the potentials
-  /// sums[tile * candidates + c] that the packed candidates would leave, or
-  /// with candidates = 0 the potential sums[tile] itself.
+  /// One round of k-means++ over tiles [begin, end), with packed candidates.
+  /// nearest [num_tiles, stride, 64] holds in slot `chosen` the squared
+  /// distance of each point to the centres so far, and gets in slot c what
+  /// candidate c would leave of it, the sum of which goes to
+  /// sums [num_tiles, stride].
   void (*seed_tiles)(
       const T* tiles,
       int64_t depth,
       int64_t begin,
       int64_t end,
-      T* nearest,
-      const T* chosen,
       const T* columns,
       int64_t candidates,
+      int64_t stride,
+      int64_t chosen,
+      T* nearest,
       double* sums);
 
   /// Assigns the points of tiles [begin, end) to their nearest centres, ties to

@@ -160,39 +160,98 @@ void inner_products(
 
 #if defined(__AVX512VNNI__)
 
-// -- Pairs of 16-bit integers ------------------------------------------------
+// -- Integers ----------------------------------------------------------------
 
-void center_pairs(
+/// A row's value at k, up to 16 of them, as integers; zeros past its end.
+KDCI_INLINE __m512i rounded_row(
+    const float* row,
+    int64_t d,
+    int64_t k,
+    const float* shift,
+    float scale,
+    float factor) {
+  const __mmask16 inside = d - k < 16 ? (1 << (d - k)) - 1 : 0xffff;
+  const Vec<float> values = (Vec<float>)_mm512_maskz_loadu_ps(inside, row + k);
+  const Vec<float> offset =
+      (Vec<float>)_mm512_maskz_loadu_ps(inside, shift + k);
+  return _mm512_cvtps_epi32((__m512)((values * scale - offset) * factor));
+}
+
+/// Four vectors of integers as one of bytes, the first ones lowest; those that
+/// no byte holds are cut off.
+KDCI_INLINE __m512i join_quads(const __m512i (&rows)[4]) {
+  const __m512i bytes = _mm512_packs_epi16(
+      _mm512_packs_epi32(rows[0], rows[1]),
+      _mm512_packs_epi32(rows[2], rows[3]));
+  return _mm512_shuffle_epi8(
+      bytes,
+      _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
+}
+
+template <Packing packing>
+constexpr int rows_of_word = packing == Packing::quads ? 4 : 2;
+
+template <Packing packing>
+void center_words(
     const float* rows,
     int64_t n,
     int64_t d,
     const float* shift,
     float scale,
     float factor,
-    uint32_t* pairs,
+    uint32_t* words,
     int64_t stride) {
-  const auto rounded = [&](int64_t i, int64_t k) KDCI_ALWAYS_INLINE {
-    const __mmask16 inside = d - k < 16 ? (1 << (d - k)) - 1 : 0xffff;
-    if (i >= n) {
-      return _mm512_setzero_si512();
-    }
-    const Vec<float> row =
-        (Vec<float>)_mm512_maskz_loadu_ps(inside, rows + i * d + k);
-    const Vec<float> offset =
-        (Vec<float>)_mm512_maskz_loadu_ps(inside, shift + k);
-    return _mm512_cvtps_epi32((__m512)((row * scale - offset) * factor));
-  };
-  for (int64_t i = 0; i < n; i += 2) {
+  constexpr int count = rows_of_word<packing>;
+  for (int64_t i = 0; i < n; i += count) {
     for (int64_t k = 0; k < d; k += lanes<float>) {
-      _mm512_storeu_si512(
-          pairs + i / 2 * stride + k,
-          join_pairs(rounded(i, k), rounded(i + 1, k)));
+      __m512i rounded[count];
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r) {
+        rounded[r] = i + r < n
+            ? rounded_row(rows + (i + r) * d, d, k, shift, scale, factor)
+            : _mm512_setzero_si512();
+      }
+      __m512i joined;
+      if constexpr (packing == Packing::quads) {
+        joined = join_quads(rounded);
+      } else {
+        joined = join_pairs(rounded[0], rounded[1]);
+      }
+      _mm512_storeu_si512(words + i / count * stride + k, joined);
     }
   }
 }
 
-void add_pair_products(
-    const uint32_t* pairs,
+/// What accumulate_words adds to the products with `count` columns of quads,
+/// with the sign changed.
+KDCI_INLINE void offset_sums(
+    const uint32_t* columns,
+    int64_t num_words,
+    int64_t stride,
+    int64_t count,
+    int32_t* offsets) {
+  for_blocks<float>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
+    constexpr int vectors = decltype(size)::value;
+    __m512i sums[vectors] = {};
+    for (int64_t k = 0; k < num_words; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        sums[v] = _mm512_dpbusd_epi32(
+            sums[v],
+            _mm512_set1_epi8(-128),
+            _mm512_loadu_si512(columns + k * stride + i + v * lanes<float>));
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      store(offsets + i + v * lanes<float>, -(Vec<int32_t>)sums[v]);
+    }
+  });
+}
+
+template <Packing packing>
+void add_word_products(
+    const uint32_t* words,
     int64_t n,
     int64_t stride,
     int64_t first,
@@ -202,34 +261,50 @@ void add_pair_products(
     float factor,
     float* tile,
     bool accumulated) {
+  constexpr int rows = rows_of_word<packing>;
+  constexpr int64_t span = 16 * group_columns;
+  const int64_t num_words = (n + rows - 1) / rows;
   const float unit = 1 / (factor * factor);
-  for_blocks<float>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
-    for_groups(
-        last - first, [&](auto group, int64_t offset) KDCI_ALWAYS_INLINE {
-          constexpr int vectors = decltype(size)::value;
-          constexpr int width = decltype(group)::value;
-          float* target = tile + (first + offset) * tile_points + i;
-          prefetch_block<width, vectors>(target);
-          Block<int32_t, width, vectors> block = {};
-          accumulate_pairs<width, vectors>(
-              pairs + column + i,
-              (n + 1) / 2,
-              pairs + first + offset,
-              block,
-              stride,
-              stride);
+  for (; first < last; first += span) {
+    const int64_t columns = last - first < span ? last - first : span;
+    int32_t offsets[span + block_points<float>] = {};
+    if constexpr (packing == Packing::quads) {
+      offset_sums(words + first, num_words, stride, columns, offsets);
+    }
+    for_blocks<float>(count, [&](auto size, int64_t i) KDCI_ALWAYS_INLINE {
+      for_groups(columns, [&](auto group, int64_t offset) KDCI_ALWAYS_INLINE {
+        constexpr int vectors = decltype(size)::value;
+        constexpr int width = decltype(group)::value;
+        float* target = tile + (first + offset) * tile_points + i;
+        prefetch_block<width, vectors>(target);
+        Block<int32_t, width, vectors> block;
 #pragma GCC unroll 6
-          for (int c = 0; c < width; ++c) {
+        for (int c = 0; c < width; ++c) {
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) {
-              float* to = target + c * tile_points + v * lanes<float>;
-              const Vec<float> sum =
-                  __builtin_convertvector(block[c][v], Vec<float>) * unit;
-              store(to, accumulated ? load(to) + sum : sum);
-            }
+          for (int v = 0; v < vectors; ++v) {
+            block[c][v] = broadcast(offsets[offset + c]);
           }
-        });
-  });
+        }
+        accumulate_words<packing, width, vectors>(
+            words + column + i,
+            num_words,
+            words + first + offset,
+            block,
+            stride,
+            stride);
+#pragma GCC unroll 6
+        for (int c = 0; c < width; ++c) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            float* to = target + c * tile_points + v * lanes<float>;
+            const Vec<float> sum =
+                __builtin_convertvector(block[c][v], Vec<float>) * unit;
+            store(to, accumulated ? load(to) + sum : sum);
+          }
+        }
+      });
+    });
+  }
 }
 
 void round_pair_tile(
@@ -308,7 +383,7 @@ void project_pair_tile(
       constexpr int vectors = decltype(size)::value;
       constexpr int width = decltype(group)::value;
       Block<int32_t, width, vectors> block = {};
-      accumulate_pairs<width, vectors>(
+      accumulate_words<Packing::pairs, width, vectors>(
           tile + i, half, columns + first * half, block);
       float* target = projected + first * tile_points + i;
 #pragma GCC unroll 6
@@ -337,15 +412,17 @@ constexpr SubspaceKernels<T> table = {
 } // namespace
 
 #if defined(__AVX512VNNI__)
-extern const PairKernels pair_kernels = {
-    center_pairs,
-    add_pair_products,
+extern const IntegerKernels integer_kernels = {
+    center_words<Packing::pairs>,
+    center_words<Packing::quads>,
+    add_word_products<Packing::pairs>,
+    add_word_products<Packing::quads>,
     round_pair_tile,
     pack_pair_block,
     project_pair_tile,
 };
 #else
-extern const PairKernels pair_kernels = {};
+extern const IntegerKernels integer_kernels = {};
 #endif
 extern const SubspaceKernels<float> subspace_kernels_float = table<float>;
 extern const SubspaceKernels<double> subspace_kernels_double = table<double>;

@@ -11,26 +11,29 @@
 namespace kdci {
 
 /// Products of 16-bit integers, twice as fast as those of floats and accurate
-/// enough for a covariance and for steps towards its subspace. Numbers are
-/// scaled so that no sum of products exceeds 2^31; two of the summed-over
-/// dimension lie in a pair. The functions are null unless SimdLevel is
-/// avx512vnni.
-struct PairKernels {
-  /// pairs [(n + 1) / 2, stride] = (rows * scale - shift) * factor.
-  void (*center_rows)(
+/// enough for a covariance and for steps towards its subspace, or of 8-bit
+/// integers, twice as fast again. Numbers are scaled so that no sum of products
+/// exceeds 2^31; two or four of the summed-over dimension lie in a 32-bit word.
+/// The functions are null unless SimdLevel is avx512vnni.
+struct IntegerKernels {
+  /// words [(n + 1) / 2, stride], or [(n + 3) / 4, stride],
+  /// = (rows * scale - shift) * factor.
+  using CenterRows = void (*)(
       const float* rows,
       int64_t n,
       int64_t d,
       const float* shift,
       float scale,
       float factor,
-      uint32_t* pairs,
+      uint32_t* words,
       int64_t stride);
+  CenterRows center_pairs;
+  CenterRows center_quads;
 
-  /// As SubspaceKernels::add_products, of rows in pairs; sums are divided by
-  /// factor^2.
-  void (*add_products)(
-      const uint32_t* pairs,
+  /// As SubspaceKernels::add_products, of rows in words; sums are divided by
+  /// factor^2. Words up to the next multiple of 64 columns are read.
+  using AddProducts = void (*)(
+      const uint32_t* words,
       int64_t n,
       int64_t stride,
       int64_t first,
@@ -40,6 +43,8 @@ struct PairKernels {
       float factor,
       float* tile,
       bool accumulated);
+  AddProducts add_pairs;
+  AddProducts add_quads;
 
   /// pairs [(depth + 1) / 2][64] of a tile [depth][64], times `factor`.
   void (*round_tile)(
@@ -72,7 +77,7 @@ struct PairKernels {
       float* projected);
 };
 
-KDCI_DECLARE_PER_LEVEL(PairKernels, pair_kernels)
+KDCI_DECLARE_PER_LEVEL(IntegerKernels, integer_kernels)
 
 template <typename T>
 struct SubspaceKernels {

@@ -94,29 +94,39 @@ KDCI_INLINE void round_to_pairs(
   }
 }
 
-/// block += columns [half][width] . points [half][64], both of pairs of 16-bit
-/// integers.
-template <int width, int vectors>
-KDCI_INLINE void accumulate_pairs(
+/// Integers that a 32-bit word holds.
+enum class Packing { pairs, quads };
+
+/// block += columns [words][width] . points [words][64], both of words of
+/// integers. The instruction for quads takes unsigned points: 128 is added to
+/// each of them, and the block must start from what that adds up to.
+template <Packing packing, int width, int vectors>
+KDCI_INLINE void accumulate_words(
     const uint32_t* points,
-    int64_t half,
+    int64_t words,
     const uint32_t* columns,
     Block<int32_t, width, vectors>& block,
     int64_t points_stride = tile_points,
     int64_t columns_stride = width) {
-  for (int64_t k = 0; k < half; ++k) {
+  const __m512i signs = _mm512_set1_epi8(-128);
+  for (int64_t k = 0; k < words; ++k) {
     __m512i point[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       point[v] = _mm512_loadu_si512(points + v * lanes<float>);
+      if constexpr (packing == Packing::quads) {
+        point[v] = _mm512_xor_si512(point[v], signs);
+      }
     }
 #pragma GCC unroll 6
     for (int c = 0; c < width; ++c) {
       const __m512i column = _mm512_set1_epi32(columns[c]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        block[c][v] = (Vec<int32_t>)_mm512_dpwssd_epi32(
-            (__m512i)block[c][v], point[v], column);
+        const auto sum = (__m512i)block[c][v];
+        block[c][v] = packing == Packing::quads
+            ? (Vec<int32_t>)_mm512_dpbusd_epi32(sum, point[v], column)
+            : (Vec<int32_t>)_mm512_dpwssd_epi32(sum, point[v], column);
       }
     }
     points += points_stride;
