@@ -52,6 +52,7 @@ struct Columns {
     high = arena.take<T>(slices * d);
     mean = arena.take<double>(d);
     shift = arena.take<T>(d + 16);
+    extent = arena.take<T>(d);
   }
 
   double* sum;  // [slices, d]
@@ -59,9 +60,9 @@ struct Columns {
   T* high;      // [slices, d]
   double* mean; // [d]
   T* shift;     // [d], mean * 2^exponent
+  T* extent;    // [d], of |rows * 2^exponent - shift| the largest
   int exponent; // rows * 2^exponent - shift lie in (-1, 1)
   T scale;      // 2^exponent
-  T extent;     // the largest of rows * scale - shift, without its sign
 };
 
 /// Finds the columns' means and the scaling; false if a sum is not finite.
@@ -99,8 +100,10 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
       return false;
     }
     columns.mean[k] = sum / n;
-    largest =
-        std::max({largest, columns.mean[k] - low, high - columns.mean[k]});
+    const double extent =
+        std::max(columns.mean[k] - low, high - columns.mean[k]);
+    columns.extent[k] = static_cast<T>(extent);
+    largest = std::max(largest, extent);
     farthest = std::max({farthest, -low, high});
   }
   // A power of two changes no digit; it and what it scales, far from the mean
@@ -117,10 +120,12 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
         std::min(most, most - distance));
   }
   columns.scale = std::ldexp(T(1), columns.exponent);
-  columns.extent = static_cast<T>(std::ldexp(largest, columns.exponent));
   for (int64_t k = 0; k < d; ++k) {
     columns.shift[k] =
         static_cast<T>(std::ldexp(columns.mean[k], columns.exponent));
+    // The shift has been rounded.
+    columns.extent[k] = std::ldexp(columns.extent[k], columns.exponent) +
+        std::abs(columns.shift[k]) * std::numeric_limits<T>::epsilon();
   }
   std::fill_n(columns.shift + d, 16, T(0));
   return true;

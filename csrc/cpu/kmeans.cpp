@@ -204,7 +204,8 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
       }
     }
     for (int64_t k = 0; k < depth_; ++k) {
-      centers_[k * count + center] = candidate_points_[k * candidates_ + chosen];
+      centers_[k * count + center] =
+          candidate_points_[k * candidates_ + chosen];
     }
   }
 }
@@ -222,8 +223,7 @@ int64_t Kmeans<T>::draw(double threshold, int64_t chosen) const {
          (tile > 0 && cumulative_[tile] == cumulative_[tile - 1])) {
     --tile;
   }
-  const T* distances =
-      nearest_ + (tile * candidates_ + chosen) * tile_points;
+  const T* distances = nearest_ + (tile * candidates_ + chosen) * tile_points;
   double sum = tile > 0 ? cumulative_[tile - 1] : 0;
   int64_t last = 0;
   for (int64_t i = 0; i < tile_points; ++i) {

@@ -38,18 +38,17 @@ constexpr double missing_at_first = 0.1;
 constexpr int64_t small_size = 256;
 constexpr int64_t many_rows_size = 1024;
 
-// Rows rounded to integers: so many at a time that no sum of products of
-// values in (-1, 1) times the factor exceeds 2^30. For few values it does not
-// pay, and below this root mean square too few digits are left.
+// Rows rounded to integers, the largest of each column to this one, so many at
+// a time that no sum of products exceeds 2^30. For few values it does not pay,
+// and below this root mean square too few digits are left.
 constexpr int64_t integer_values = 1 << 14;
 constexpr int64_t pair_rows = 128;
-constexpr float pair_factor = 2800;
+constexpr float pair_largest = 2800;
 constexpr double pair_deviation = 44;
 
-// To bytes, which pay where products take more time than the rounding. What
-// they cost is noise of variance 1/12 beside the variance of the rows.
-constexpr int64_t quad_rows = 256;
+// To bytes where products take more time than the rounding.
 constexpr int64_t quad_columns = 64;
+constexpr int64_t quad_rows = 256;
 constexpr float quad_largest = 127;
 constexpr double quad_deviation = 4;
 constexpr double quad_loss = 2e-4;
@@ -68,13 +67,6 @@ constexpr int64_t task_rows = 16 * group_columns;
 
 int64_t rows_of_word(Digits digits) {
   return digits == Digits::quads ? 4 : digits == Digits::pairs ? 2 : 1;
-}
-
-/// What values are multiplied by before they are rounded.
-float integer_factor(Digits digits, float extent) {
-  return digits == Digits::pairs ? pair_factor
-      : extent > 0               ? quad_largest / extent
-                                 : 1;
 }
 
 /// 1 or -1, fixed for each index (the SplitMix64 generator).
@@ -198,6 +190,8 @@ PrincipalSubspace<T>::PrincipalSubspace(
   centered_ = arena.take<T>(groups_ * chunk_rows_ * stride_);
   partial_ = arena.take<T>(groups_ > 1 ? groups_ * matrix : 0);
   matrix_ = arena.take<T>(matrix);
+  unit_ = arena.take<float>(num_tiles_ * tile_points);
+  factor_ = arena.take<float>(num_tiles_ * tile_points);
   pairs_ = sizeof(T) == 4 && simd_level() == SimdLevel::avx512vnni;
   matrix_pairs_ = arena.take<uint32_t>(
       pairs_ && width_ > 0 ? num_tiles_ * ((size_ + 1) / 2) * tile_points : 0);
@@ -247,7 +241,7 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
       digits = d_ >= quad_columns ? Digits::quads : Digits::pairs;
     }
     form_covariance(rows, digits);
-    while (!enough_digits(rows, digits)) {
+    while (!enough_digits(digits)) {
       digits = digits == Digits::quads ? Digits::pairs : Digits::floats;
       form_covariance(rows, digits);
     }
@@ -295,23 +289,42 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   }
 }
 
+/// The units of columns whose largest value is to become a certain integer.
+template <typename T>
+void PrincipalSubspace<T>::choose_units(
+    const CenteredRows<T>& rows,
+    Digits digits) {
+  const float largest = digits == Digits::quads ? quad_largest : pair_largest;
+  std::fill_n(unit_, num_tiles_ * tile_points, 0.0F);
+  std::fill_n(factor_, num_tiles_ * tile_points, 0.0F);
+  for (int64_t k = 0; k < d_; ++k) {
+    // What is less than this beside columns of about 1 has no square.
+    if (rows.extent[k] > 1e-20F) {
+      unit_[k] = rows.extent[k] / largest;
+      factor_[k] = largest / rows.extent[k];
+    }
+  }
+}
+
 /// Whether rows that were rounded to these digits have left a covariance whose
 /// subspace is as good as the exact one.
 template <typename T>
-bool PrincipalSubspace<T>::enough_digits(
-    const CenteredRows<T>& rows,
-    Digits digits) const {
+bool PrincipalSubspace<T>::enough_digits(Digits digits) const {
   if (digits == Digits::floats) {
     return true;
   }
-  const double factor = integer_factor(digits, rows.extent);
-  const double square = variance() / (n_ * d_) * factor * factor;
+  double units = 0;
+  for (int64_t k = 0; k < d_; ++k) {
+    units += static_cast<double>(unit_[k]) * unit_[k];
+  }
+  const double square = variance() / (n_ * units);
   if (digits == Digits::pairs) {
     return square >= pair_deviation * pair_deviation;
   }
-  // The first-order loss where no direction stands out, about twice which is
-  // seen: errors of q (d - q) products mix as many pairs of directions.
-  const double loss = q_ / (6.0 * square * n_);
+  // Rounding is noise of variance 1/12. Where no direction stands out, the
+  // share of the variance that it costs is q times that, by n and the variance
+  // of the rows; twice as much is seen.
+  const double loss = q_ / (6 * n_ * square);
   return square >= quad_deviation * quad_deviation && loss <= quad_loss;
 }
 
@@ -325,7 +338,9 @@ void PrincipalSubspace<T>::form_covariance(
   const int64_t chunk_rows = digits == Digits::quads ? quad_rows
       : digits == Digits::pairs                      ? pair_rows
                                                      : chunk_rows_;
-  const float factor = integer_factor(digits, rows.extent);
+  if (digits != Digits::floats) {
+    choose_units(rows, digits);
+  }
   // What pads the rows must give zeros.
   std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
   // Row `at` of a chunk is the first one of a word.
@@ -342,7 +357,7 @@ void PrincipalSubspace<T>::form_covariance(
             d,
             rows.shift,
             rows.scale,
-            factor,
+            factor_,
             reinterpret_cast<uint32_t*>(chunk) + at / packed * stride_,
             stride_);
         return;
@@ -379,7 +394,7 @@ void PrincipalSubspace<T>::form_covariance(
             last,
             column,
             tile_size(tile),
-            factor,
+            unit_,
             to,
             accumulated);
         return;

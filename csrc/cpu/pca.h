@@ -19,7 +19,7 @@ struct CenteredRows {
   int64_t d;
   const T* shift; // [d], with room for 16 values more
   T scale;
-  T extent; // the largest of the centred values, without its sign
+  const T* extent; // [d], the largest of each column, without its sign
 };
 
 /// What rows are rounded to for their covariance.
@@ -55,7 +55,8 @@ class PrincipalSubspace {
 
  private:
   void form_covariance(const CenteredRows<T>& rows, Digits digits);
-  bool enough_digits(const CenteredRows<T>& rows, Digits digits) const;
+  void choose_units(const CenteredRows<T>& rows, Digits digits);
+  bool enough_digits(Digits digits) const;
   double variance() const;
   void round_matrix();
   void form_gram(const CenteredRows<T>& rows);
@@ -91,11 +92,14 @@ class PrincipalSubspace {
   T* leading_;  // [size, q]: the subspace of the matrix
   T* centered_; // [groups, chunk_rows, stride]
   T* partial_;  // [groups, num_tiles, size, 64]
-  T* matrix_;   // [num_tiles, size, 64]
-  T* block_;    // [num_tiles, width, 64]: the subspace's basis V
-  T* product_;  // [num_tiles, width, 64]: matrix V
-  T* rotated_;  // [num_tiles, width, 64]
-  T* packed_;   // a block, packed for products with the matrix
+  // Where rows are rounded to integers, for each column their unit.
+  float* unit_;   // [num_tiles, 64]
+  float* factor_; // [num_tiles, 64]: 1 / unit
+  T* matrix_;     // [num_tiles, size, 64]
+  T* block_;      // [num_tiles, width, 64]: the subspace's basis V
+  T* product_;    // [num_tiles, width, 64]: matrix V
+  T* rotated_;    // [num_tiles, width, 64]
+  T* packed_;     // a block, packed for products with the matrix
   // The same two as 16-bit integers, where there are products of these.
   uint32_t* matrix_pairs_; // [num_tiles, size / 2, 64]
   float matrix_factor_;

@@ -258,7 +258,8 @@ void update_and_multiply(
     const Vec<float> factor = broadcast(factors[i]);
 #pragma GCC unroll 4
     for (int c = 0; c < width; ++c) {
-      const Vec<float> a = load(row + c * lanes<float>) - vi * wj[c] - wi * vj[c];
+      const Vec<float> a =
+          load(row + c * lanes<float>) - vi * wj[c] - wi * vj[c];
       store(row + c * lanes<float>, a);
       sums[c] += factor * a;
     }
@@ -403,7 +404,9 @@ void bisect(
       upper[v] = broadcast(1.0f);
       for (int64_t j = 0; j < lanes<float>; ++j) {
         const int64_t at = first + v * lanes<float> + j;
-        const int64_t rank = at >= count ? 0 : ranks != nullptr ? ranks[at] : at;
+        const int64_t rank = at >= count ? 0
+            : ranks != nullptr           ? ranks[at]
+                                         : at;
         wanted[v][j] = static_cast<int32_t>(rank);
       }
     }
@@ -461,7 +464,9 @@ void twist(
     double* z) {
   constexpr int64_t width = lanes<double>;
   const double tiny = norm * 1e-290 + 1e-300;
-  const auto off = [&](int64_t i) { return i < 0 ? 0 : matrix.off_diagonal[i]; };
+  const auto off = [&](int64_t i) {
+    return i < 0 ? 0 : matrix.off_diagonal[i];
+  };
   const auto safe = [&](Vec<double> pivot) {
     const Vec<double> size = pivot < 0 ? -pivot : pivot;
     return size < tiny ? broadcast(tiny) : pivot;

@@ -169,12 +169,13 @@ KDCI_INLINE __m512i rounded_row(
     int64_t k,
     const float* shift,
     float scale,
-    float factor) {
+    const float* factor) {
   const __mmask16 inside = d - k < 16 ? (1 << (d - k)) - 1 : 0xffff;
-  const Vec<float> values = (Vec<float>)_mm512_maskz_loadu_ps(inside, row + k);
-  const Vec<float> offset =
-      (Vec<float>)_mm512_maskz_loadu_ps(inside, shift + k);
-  return _mm512_cvtps_epi32((__m512)((values * scale - offset) * factor));
+  const auto at = [&](const float* from) KDCI_ALWAYS_INLINE {
+    return (Vec<float>)_mm512_maskz_loadu_ps(inside, from + k);
+  };
+  return _mm512_cvtps_epi32(
+      (__m512)((at(row) * scale - at(shift)) * at(factor)));
 }
 
 /// Four vectors of integers as one of bytes, the first ones lowest; those that
@@ -184,8 +185,7 @@ KDCI_INLINE __m512i join_quads(const __m512i (&rows)[4]) {
       _mm512_packs_epi32(rows[0], rows[1]),
       _mm512_packs_epi32(rows[2], rows[3]));
   return _mm512_shuffle_epi8(
-      bytes,
-      _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
+      bytes, _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400));
 }
 
 template <Packing packing>
@@ -198,7 +198,7 @@ void center_words(
     int64_t d,
     const float* shift,
     float scale,
-    float factor,
+    const float* factor,
     uint32_t* words,
     int64_t stride) {
   constexpr int count = rows_of_word<packing>;
@@ -258,13 +258,12 @@ void add_word_products(
     int64_t last,
     int64_t column,
     int64_t count,
-    float factor,
+    const float* unit,
     float* tile,
     bool accumulated) {
   constexpr int rows = rows_of_word<packing>;
   constexpr int64_t span = 16 * group_columns;
   const int64_t num_words = (n + rows - 1) / rows;
-  const float unit = 1 / (factor * factor);
   for (; first < last; first += span) {
     const int64_t columns = last - first < span ? last - first : span;
     int32_t offsets[span + block_points<float>] = {};
@@ -294,11 +293,13 @@ void add_word_products(
             stride);
 #pragma GCC unroll 6
         for (int c = 0; c < width; ++c) {
+          const float row_unit = unit[first + offset + c];
 #pragma GCC unroll 4
           for (int v = 0; v < vectors; ++v) {
             float* to = target + c * tile_points + v * lanes<float>;
             const Vec<float> sum =
-                __builtin_convertvector(block[c][v], Vec<float>) * unit;
+                __builtin_convertvector(block[c][v], Vec<float>) * row_unit *
+                load(unit + column + i + v * lanes<float>);
             store(to, accumulated ? load(to) + sum : sum);
           }
         }

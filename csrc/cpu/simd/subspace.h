@@ -17,21 +17,22 @@ namespace kdci {
 /// The functions are null unless SimdLevel is avx512vnni.
 struct IntegerKernels {
   /// words [(n + 1) / 2, stride], or [(n + 3) / 4, stride],
-  /// = (rows * scale - shift) * factor.
+  /// = (rows * scale - shift) * factor, with a factor [d] for each column.
   using CenterRows = void (*)(
       const float* rows,
       int64_t n,
       int64_t d,
       const float* shift,
       float scale,
-      float factor,
+      const float* factor,
       uint32_t* words,
       int64_t stride);
   CenterRows center_pairs;
   CenterRows center_quads;
 
-  /// As SubspaceKernels::add_products, of rows in words; sums are divided by
-  /// factor^2. Words up to the next multiple of 64 columns are read.
+  /// As SubspaceKernels::add_products, of rows in words; sums are multiplied
+  /// by the units [d] of their two columns. Units and words up to the next
+  /// multiple of 64 columns are read.
   using AddProducts = void (*)(
       const uint32_t* words,
       int64_t n,
@@ -40,7 +41,7 @@ struct IntegerKernels {
       int64_t last,
       int64_t column,
       int64_t count,
-      float factor,
+      const float* unit,
       float* tile,
       bool accumulated);
   AddProducts add_pairs;
