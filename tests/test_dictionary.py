@@ -140,6 +140,65 @@ def test_subspace_captures_the_variance_whatever_the_spectrum(kind, n, d):
         assert expected * (1 - missed) <= got <= expected * (1 + 1e-4), components
 
 
+def awkward_rows(n: int, d: int, kind: str) -> Tensor:
+    """Rows in many directions whose values are hard to round to few digits."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(n, 8, generator=generator) @ torch.randn(8, d, generator=generator)
+    rows += torch.randn(n, d, generator=generator)
+    if kind == "decades":
+        rows *= 10 ** (torch.rand(d, generator=generator) * 12 - 6)
+    elif kind == "one-hot":
+        rows = torch.nn.functional.one_hot(rows.argmax(1), d).float()
+    elif kind == "probabilities":
+        rows = torch.softmax(rows, 1)
+    elif kind == "heavy tails":
+        rows /= torch.randn(n, 1, generator=generator)
+    elif kind == "far away":
+        rows += 1e4
+    elif kind == "constant columns":
+        rows[:, ::2] = 3.25
+    elif kind == "mostly zeros":
+        rows *= torch.rand(n, d, generator=generator) < 0.01
+    elif kind == "one large row":
+        rows[0] *= 300
+    return rows
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("decades", "one-hot", "probabilities", "heavy tails", "far away"),
+        *("constant columns", "mostly zeros", "one large row"),
+    ],
+)
+@pytest.mark.parametrize(("n", "d"), [(300, 64), (3000, 80), (20_000, 64)])
+def test_rounding_rows_costs_next_to_nothing(kind, n, d):
+    """The covariance of wide rows is summed in 8-bit integers where these leave enough digits, and
+    of the variance that exact directions capture at most some ten-thousandths are lost.
+    """
+    rows = awkward_rows(n, d, kind)
+    centered = rows.double() - rows.double().mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centered.T @ centered).flip(0)
+    for components in (1, 8, 31):
+        expected = float(eigenvalues[:components].sum())
+        got = float(build(rows, 1, pca_components=components, backend="native").inertia)
+        assert expected * (1 - 4e-4) <= got <= expected * (1 + 1e-5), components
+
+
+def test_a_large_row_does_not_drown_the_directions_of_the_others():
+    """It takes one direction and a cluster of its own. The other seven are those in which the
+    others vary, though beside it they are too small for 8-bit integers.
+    """
+    generator = torch.Generator().manual_seed(1)
+    others = torch.randn(599, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    rows = torch.cat([1e4 * torch.randn(1, 64, generator=generator), others])
+    d = build(rows, 2, pca_components=8, backend="native")
+    assert sorted(d.proportions.tolist()) == pytest.approx([1 / 600, 599 / 600])
+    centered = others.double() - others.double().mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centered.T @ centered).flip(0)
+    assert float(d.inertia) >= 0.99 * float(eigenvalues[:7].sum())
+
+
 @given(many_rows(), st.sampled_from([20, 50, 130]), st.integers(0, 9))
 def test_rows_end_with_their_nearest_prototype(features, num_prototypes, seed):
     """Rows are skipped while no other centre can have come nearer, and scored in integers first:

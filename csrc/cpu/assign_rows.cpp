@@ -205,6 +205,7 @@ void assign_tile(
   T* points = buffers.centered + part * d * tile_points;
   rows_kernels<T>().center_tile(
       problem.rows + first * d,
+      nullptr,
       count,
       d,
       problem.rows + problem.m * d,

@@ -131,26 +131,33 @@ bool measure_columns(const T* rows, int64_t n, int64_t d, Columns<T>& columns) {
   return true;
 }
 
-/// Centres, scales and projects the rows into tiles; `basis` [d, q] is null
-/// for no projection, and then q = d.
-template <typename T>
+/// Centres, scales and projects rows number(0 .. count) into tiles; the packed
+/// basis [d, q] is null for no projection, and then q = d.
+template <typename T, typename Number>
 void fill_tiles(
     const CenteredRows<T>& rows,
+    int64_t count,
+    Number number,
     const T* packed_basis,
     int64_t q,
     T* scratch,
     int64_t scratch_tiles,
     T* tiles) {
-  const int64_t n = rows.n;
   const int64_t d = rows.d;
-  const int64_t num_tiles = (n + tile_points - 1) / tile_points;
+  const int64_t num_tiles = (count + tile_points - 1) / tile_points;
   const auto fill = [&](int64_t tile, T* to) {
     const int64_t first = tile * tile_points;
+    const int64_t used = std::min(tile_points, count - first);
+    int64_t index[tile_points];
+    for (int64_t i = 0; i < used; ++i) {
+      index[i] = number(first + i);
+    }
     rows_kernels<T>().center_tile(
-        rows.data + first * d,
-        std::min(tile_points, n - first),
+        rows.data,
+        index,
+        used,
         d,
-        rows.data + n * d,
+        rows.data + rows.n * d,
         rows.shift,
         rows.scale,
         to);
@@ -364,24 +371,36 @@ void build_dictionary(const Problem<T>& problem) {
     pack_columns(buffers.basis, d, q, buffers.packed_basis);
   }
   Kmeans<T>& kmeans = *buffers.kmeans;
-  fill_tiles(
-      rows,
-      buffers.packed_basis,
-      q,
-      buffers.scratch,
-      buffers.scratch_tiles,
-      kmeans.tiles());
-
-  if (problem.initial == nullptr) {
+  const auto fill = [&](int64_t count, auto number) {
+    fill_tiles(
+        rows,
+        count,
+        number,
+        buffers.packed_basis,
+        q,
+        buffers.scratch,
+        buffers.scratch_tiles,
+        kmeans.tiles());
+  };
+  const bool is_seeded = problem.initial == nullptr;
+  if (is_seeded) {
+    // Where all points will be: a place of its own would cost memory.
+    const auto number = [&](int64_t i) { return kmeans.sampled_point(i); };
+    fill(kmeans.sample_size(), number);
     kmeans.choose_centers(problem.uniforms);
-  } else if (!project_prototypes(
-                 problem.initial,
-                 num_prototypes,
-                 d,
-                 buffers.columns,
-                 buffers.basis,
-                 q,
-                 kmeans.centers())) {
+  }
+  if (!is_seeded || kmeans.sample_size() < n) {
+    fill(n, [](int64_t i) { return i; });
+  }
+  if (!is_seeded &&
+      !project_prototypes(
+          problem.initial,
+          num_prototypes,
+          d,
+          buffers.columns,
+          buffers.basis,
+          q,
+          kmeans.centers())) {
     fill_with_nan(problem);
     return;
   }

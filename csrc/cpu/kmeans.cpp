@@ -36,18 +36,9 @@ constexpr int64_t coarse_centers = 1 << 14;
 
 /// Points that k-means++ looks at: all, or where there are at least twice as
 /// many, so many of them.
-int64_t sample_size(int64_t n, int64_t num_centers) {
+int64_t size_of_sample(int64_t n, int64_t num_centers) {
   const int64_t enough = std::max<int64_t>(8192, 64 * num_centers);
   return n >= 2 * enough ? enough : n;
-}
-
-/// Point i of a sample of `size` out of n: one of its stretch, scrambled, lest
-/// the sample resonates with an order of the points.
-int64_t sampled_point(int64_t i, int64_t size, int64_t n) {
-  const int64_t begin = i * n / size;
-  const uint64_t length = (i + 1) * n / size - begin;
-  const uint32_t scrambled = static_cast<uint32_t>(i) * 2654435769U;
-  return begin + static_cast<int64_t>(scrambled * length >> 32);
 }
 
 } // namespace
@@ -65,12 +56,9 @@ Kmeans<T>::Kmeans(
       candidates_(candidates),
       num_tiles_((n + tile_points - 1) / tile_points),
       small_(n <= 16 * num_centers || n * num_centers * depth <= (1 << 18)),
-      sample_size_(sample_size(n, num_centers)),
+      sample_size_(size_of_sample(n, num_centers)),
       sample_tiles_((sample_size_ + tile_points - 1) / tile_points) {
   tiles_ = arena.take<T>(num_tiles_ * depth * tile_points);
-  sample_ = sample_size_ < n
-      ? arena.take<T>(sample_tiles_ * depth * tile_points)
-      : tiles_;
   centers_ = arena.take<T>(depth * num_centers);
   before_ = arena.take<T>(small_ ? 0 : depth * num_centers);
   means_ = arena.take<T>(depth * num_centers);
@@ -98,44 +86,28 @@ int64_t Kmeans<T>::grain(int64_t columns) const {
       1, (1 << 21) / (tile_points * depth_ * std::max<int64_t>(columns, 1)));
 }
 
+/// Scrambled, lest the sample resonates with an order of the points.
 template <typename T>
-void Kmeans<T>::copy_point(
-    const T* tiles,
-    int64_t row,
-    T* point,
-    int64_t stride) const {
+int64_t Kmeans<T>::sampled_point(int64_t i) const {
+  const int64_t begin = i * n_ / sample_size_;
+  const uint64_t length = (i + 1) * n_ / sample_size_ - begin;
+  const uint32_t scrambled = static_cast<uint32_t>(i) * 2654435769U;
+  return begin + static_cast<int64_t>(scrambled * length >> 32);
+}
+
+template <typename T>
+void Kmeans<T>::copy_point(int64_t row, T* point, int64_t stride) const {
   const T* from =
-      tiles + row / tile_points * depth_ * tile_points + row % tile_points;
+      tiles_ + row / tile_points * depth_ * tile_points + row % tile_points;
   for (int64_t k = 0; k < depth_; ++k) {
     point[k * stride] = from[k * tile_points];
   }
 }
 
 template <typename T>
-void Kmeans<T>::take_sample() {
-  if (sample_ == tiles_) {
-    return;
-  }
-  torch::stable::parallel_for(
-      0, sample_tiles_, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-          T* to = sample_ + tile * depth_ * tile_points;
-          std::fill_n(to, depth_ * tile_points, T(0));
-          const int64_t first = tile * tile_points;
-          const int64_t count = std::min(tile_points, sample_size_ - first);
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t row = sampled_point(first + i, sample_size_, n_);
-            copy_point(tiles_, row, to + i, tile_points);
-          }
-        }
-      });
-}
-
-template <typename T>
 void Kmeans<T>::choose_centers(const double* uniforms) {
   const auto& kernels = kmeans_kernels<T>();
   const int64_t count = num_centers_;
-  take_sample();
   for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
     const int64_t points =
         std::min(tile_points, sample_size_ - tile * tile_points);
@@ -148,8 +120,8 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
   const double drawn = uniforms[0] * sample_size_;
   const int64_t first =
       drawn > 0 ? static_cast<int64_t>(std::min(drawn, sample_size_ - 1.0)) : 0;
-  copy_point(sample_, first, centers_, count);
-  copy_point(sample_, first, candidate_points_, 1);
+  copy_point(first, centers_, count);
+  copy_point(first, candidate_points_, 1);
   int64_t chosen = 0; // of the candidates tried last
   // One pass over the points for each centre, which tries all candidates.
   const auto try_candidates = [&](int64_t candidates) {
@@ -157,7 +129,7 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
     torch::stable::parallel_for(
         0, sample_tiles_, grain(candidates), [&](int64_t begin, int64_t end) {
           kernels.seed_tiles(
-              sample_,
+              tiles_,
               depth_,
               begin,
               end,
@@ -187,7 +159,7 @@ void Kmeans<T>::choose_centers(const double* uniforms) {
     for (int64_t c = 0; c < candidates_; ++c) {
       const double uniform = uniforms[center * candidates_ + c];
       const int64_t row = draw(uniform * total, chosen);
-      copy_point(sample_, row, candidate_points_ + c, candidates_);
+      copy_point(row, candidate_points_ + c, candidates_);
     }
     try_candidates(candidates_);
     // Equal potentials are common (either of the last two rows leaves their
@@ -437,7 +409,7 @@ bool Kmeans<T>::find_means(const int64_t* labels, double& between) {
         continue;
       }
       const int64_t donor = labels[*row];
-      copy_point(tiles_, *row, point.data(), 1);
+      copy_point(*row, point.data(), 1);
       for (int64_t k = 0; k < depth_; ++k) {
         const int64_t value = std::llrint(point[k] * sum_scale_);
         adjusted_sums[donor * depth_ + k] -= value;

@@ -32,16 +32,22 @@ class Kmeans {
     return tiles_;
   }
 
+  /// Of many points k-means++ looks at a sample, one from each of equally long
+  /// stretches: the clusters that the iterations end with are as good.
+  int64_t sample_size() const {
+    return sample_size_;
+  }
+  int64_t sampled_point(int64_t i) const;
+
   /// Centres [depth, K]: the start of `iterate` and its result.
   T* centers() {
     return centers_;
   }
 
-  /// Chooses points as centres by k-means++ (Arthur & Vassilvitskii, SODA
-  /// 2007), with uniforms [K, candidates]: of several candidates the one that
-  /// leaves the least potential is kept. Of many points a sample is looked at,
-  /// one from each of equally long stretches: the clusters that the iterations
-  /// end with are as good.
+  /// Chooses points of the sample, which the tiles begin with, as centres by
+  /// k-means++ (Arthur & Vassilvitskii, SODA 2007), with uniforms
+  /// [K, candidates]: of several candidates the one that leaves the least
+  /// potential is kept.
   void choose_centers(const double* uniforms);
 
   /// Lloyd's iterations until no label changes, or the inertia decreases by at
@@ -64,9 +70,8 @@ class Kmeans {
   }
 
  private:
-  void take_sample();
   int64_t draw(double threshold, int64_t chosen) const;
-  void copy_point(const T* tiles, int64_t row, T* point, int64_t stride) const;
+  void copy_point(int64_t row, T* point, int64_t stride) const;
   int64_t assign(int64_t* labels);
   void prepare_products(Assignment<T>& task);
   bool find_means(const int64_t* labels, double& between);
@@ -86,7 +91,6 @@ class Kmeans {
   int64_t sample_tiles_; // tiles of these
 
   T* tiles_;        // [num_tiles, depth, 64]
-  T* sample_;       // [sample_tiles, depth, 64], or tiles_ itself
   T* centers_;      // [depth, K]
   T* before_;       // [depth, K]: centres before the last move
   T* means_;        // [depth, K]: of the clusters after the last iteration

@@ -2,6 +2,7 @@
 #include "pca.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -46,12 +47,15 @@ constexpr int64_t pair_rows = 128;
 constexpr float pair_largest = 2800;
 constexpr double pair_deviation = 44;
 
-// To bytes where products take more time than the rounding.
+// To bytes where products take more time than the rounding. What is left is
+// judged by the mean magnitude, which a few large rows do not lift.
 constexpr int64_t quad_columns = 64;
 constexpr int64_t quad_rows = 256;
 constexpr float quad_largest = 127;
-constexpr double quad_deviation = 4;
+constexpr double quad_magnitude = 2;
 constexpr double quad_loss = 2e-4;
+
+constexpr double pi = 3.14159265358979323846;
 
 constexpr int max_cycles = 12;
 constexpr int max_degree = 16;
@@ -240,10 +244,8 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
     if (pairs_ && n_ * d_ >= integer_values) {
       digits = d_ >= quad_columns ? Digits::quads : Digits::pairs;
     }
-    form_covariance(rows, digits);
-    while (!enough_digits(digits)) {
+    while (!enough_digits(digits, form_covariance(rows, digits))) {
       digits = digits == Digits::quads ? Digits::pairs : Digits::floats;
-      form_covariance(rows, digits);
     }
   }
   // What fills up the last tile was not written.
@@ -306,30 +308,32 @@ void PrincipalSubspace<T>::choose_units(
   }
 }
 
-/// Whether rows that were rounded to these digits have left a covariance whose
-/// subspace is as good as the exact one.
+/// Whether rows that were rounded to these digits, which have this magnitude on
+/// average, have left a covariance whose subspace is as good as the exact one.
 template <typename T>
-bool PrincipalSubspace<T>::enough_digits(Digits digits) const {
+bool PrincipalSubspace<T>::enough_digits(Digits digits, double magnitude)
+    const {
   if (digits == Digits::floats) {
     return true;
   }
-  double units = 0;
-  for (int64_t k = 0; k < d_; ++k) {
-    units += static_cast<double>(unit_[k]) * unit_[k];
-  }
-  const double square = variance() / (n_ * units);
   if (digits == Digits::pairs) {
-    return square >= pair_deviation * pair_deviation;
+    double units = 0;
+    for (int64_t k = 0; k < d_; ++k) {
+      units += static_cast<double>(unit_[k]) * unit_[k];
+    }
+    return variance() >= n_ * units * pair_deviation * pair_deviation;
   }
   // Rounding is noise of variance 1/12. Where no direction stands out, the
   // share of the variance that it costs is q times that, by n and the variance
-  // of the rows; twice as much is seen.
-  const double loss = q_ / (6 * n_ * square);
-  return square >= quad_deviation * quad_deviation && loss <= quad_loss;
+  // of the rows; twice as much is seen. Normal values vary by pi / 2 times the
+  // square of their magnitude.
+  const double loss = q_ / (6 * (pi / 2) * n_ * magnitude * magnitude);
+  return magnitude >= quad_magnitude && loss <= quad_loss;
 }
 
+/// Returns the mean magnitude of the integers that rows are rounded to.
 template <typename T>
-void PrincipalSubspace<T>::form_covariance(
+double PrincipalSubspace<T>::form_covariance(
     const CenteredRows<T>& rows,
     Digits digits) {
   const int64_t d = d_;
@@ -341,6 +345,7 @@ void PrincipalSubspace<T>::form_covariance(
   if (digits != Digits::floats) {
     choose_units(rows, digits);
   }
+  std::atomic<int64_t> magnitudes = 0;
   // What pads the rows must give zeros.
   std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
   // Row `at` of a chunk is the first one of a word.
@@ -351,7 +356,7 @@ void PrincipalSubspace<T>::form_covariance(
         const auto center_words = digits == Digits::quads
             ? kernels.center_quads
             : kernels.center_pairs;
-        center_words(
+        magnitudes += center_words(
             rows.data + first * d,
             count,
             d,
@@ -474,6 +479,7 @@ void PrincipalSubspace<T>::form_covariance(
     }
   }
   mirror();
+  return static_cast<double>(magnitudes) / (n_ * d);
 }
 
 /// Fills in what lies below the diagonal blocks.
@@ -695,7 +701,7 @@ void PrincipalSubspace<T>::filter(double cut, double spread, int degree) {
     }
     // Small and large roots take turns.
     const int index = step % 2 == 0 ? step / 2 : degree - 1 - step / 2;
-    const double angle = 3.14159265358979323846 * (index + 0.5) / degree;
+    const double angle = pi * (index + 0.5) / degree;
     const T root = static_cast<T>(cut * (1 + std::cos(angle)) / 2);
     for (int64_t i = 0; i < num_tiles_ * width_ * tile_points; ++i) {
       block_[i] = product_[i] - root * block_[i];

@@ -54,9 +54,9 @@ class PrincipalSubspace {
   void compute(const CenteredRows<T>& rows);
 
  private:
-  void form_covariance(const CenteredRows<T>& rows, Digits digits);
+  double form_covariance(const CenteredRows<T>& rows, Digits digits);
   void choose_units(const CenteredRows<T>& rows, Digits digits);
-  bool enough_digits(Digits digits) const;
+  bool enough_digits(Digits digits, double magnitude) const;
   double variance() const;
   void round_matrix();
   void form_gram(const CenteredRows<T>& rows);

@@ -87,6 +87,9 @@ KDCI_INLINE void vector_stats(
       sums[h] += widen(values + h * lanes<double>);
     }
   };
+  // Short rows are fetched whole with their first block: memory likes that.
+  const bool is_short = d <= chunk_values / (2 * rows_ahead);
+  const int64_t ahead = !is_short ? columns : k == 0 ? d : 0;
   // The vectors at the right edge reach into the next row; what they hold
   // there is dropped. The last of them would reach past the end.
   int64_t inside = n;
@@ -94,7 +97,7 @@ KDCI_INLINE void vector_stats(
     --inside;
   }
   for (int64_t i = 0; i < inside; ++i) {
-    prefetch_below(rows + i * d + k, d, columns);
+    prefetch_below(rows + i * d + k, d, ahead);
     add(rows + i * d + k);
   }
   for (int64_t i = inside; i < n; ++i) {
@@ -195,6 +198,7 @@ KDCI_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
 template <typename T>
 void center_tile(
     const T* rows,
+    const int64_t* index,
     int64_t count,
     int64_t d,
     const T* rows_end,
@@ -208,9 +212,12 @@ void center_tile(
       Vec<T> block[lanes<T>];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < lanes<T>; ++r) {
-        block[r] = i + r < count
-            ? load_before(rows + (i + r) * d + k, rows_end) * scales - shifts
-            : Vec<T>{};
+        block[r] = Vec<T>{};
+        if (i + r < count) {
+          const int64_t row = index == nullptr ? i + r : index[i + r];
+          block[r] =
+              load_before(rows + row * d + k, rows_end) * scales - shifts;
+        }
       }
       transpose<lanes<T> / 2, T>(block);
       if (k + lanes<T> <= d) {

@@ -33,10 +33,12 @@ struct RowsKernels {
       T* centered,
       int64_t stride);
 
-  /// The same for `count` <= 64 rows, as a tile [d][64]. `shift` has room for
-  /// 16 values past its d.
+  /// The same for `count` <= 64 rows, as a tile [d][64]: those of the numbers
+  /// index[count], or the first ones if it is null. `shift` has room for 16
+  /// values past its d.
   void (*center_tile)(
       const T* rows,
+      const int64_t* index,
       int64_t count,
       int64_t d,
       const T* rows_end,

@@ -192,7 +192,7 @@ template <Packing packing>
 constexpr int rows_of_word = packing == Packing::quads ? 4 : 2;
 
 template <Packing packing>
-void center_words(
+int64_t center_words(
     const float* rows,
     int64_t n,
     int64_t d,
@@ -202,6 +202,7 @@ void center_words(
     uint32_t* words,
     int64_t stride) {
   constexpr int count = rows_of_word<packing>;
+  __m512i magnitudes = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += count) {
     for (int64_t k = 0; k < d; k += lanes<float>) {
       __m512i rounded[count];
@@ -214,12 +215,21 @@ void center_words(
       __m512i joined;
       if constexpr (packing == Packing::quads) {
         joined = join_quads(rounded);
+        magnitudes = _mm512_dpbusd_epi32(
+            magnitudes, _mm512_abs_epi8(joined), _mm512_set1_epi8(1));
       } else {
         joined = join_pairs(rounded[0], rounded[1]);
+        magnitudes = _mm512_dpwssd_epi32(
+            magnitudes, _mm512_abs_epi16(joined), _mm512_set1_epi16(1));
       }
       _mm512_storeu_si512(words + i / count * stride + k, joined);
     }
   }
+  int64_t sum = 0;
+  for (int64_t j = 0; j < lanes<int32_t>; ++j) {
+    sum += ((Vec<int32_t>)magnitudes)[j];
+  }
+  return sum;
 }
 
 /// What accumulate_words adds to the products with `count` columns of quads,

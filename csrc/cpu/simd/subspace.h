@@ -18,7 +18,8 @@ namespace kdci {
 struct IntegerKernels {
   /// words [(n + 1) / 2, stride], or [(n + 3) / 4, stride],
   /// = (rows * scale - shift) * factor, with a factor [d] for each column.
-  using CenterRows = void (*)(
+  /// Returns the sum of all magnitudes.
+  using CenterRows = int64_t (*)(
       const float* rows,
       int64_t n,
       int64_t d,
