@@ -55,7 +55,8 @@ def inertia_of(points: Tensor, labels: Tensor) -> float:
 @given(feature_rows(), st.data())
 def test_matches_the_reference(features, data):
     """From equal draws the kernels choose the rows that the reference chooses and end where it
-    ends, after as many iterations; in every type, for every layout.
+    ends, after as many iterations; in every type, for every layout. (Where all rows lie on their
+    prototypes, rounding decides whether a centre that none is left for moves once more.)
     """
     n, d = features.shape
     num_prototypes = data.draw(st.integers(1, min(n, 12)))
@@ -68,8 +69,9 @@ def test_matches_the_reference(features, data):
         build(features, num_prototypes, backend=backend, **options) for backend in BACKENDS
     )
     assert_same_partition(native.labels, exact.labels)
-    assert int(native.num_iter) == int(exact.num_iter)
     scale = float(features.abs().max())
+    if float(exact.inertia) > 1e-20 * scale**2 * n:
+        assert int(native.num_iter) == int(exact.num_iter)
     # Between duplicates a surplus centre may win or lose a row by rounding: compare what each row
     # is assigned, not the numbers of the clusters.
     torch.testing.assert_close(
