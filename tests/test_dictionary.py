@@ -55,8 +55,8 @@ def inertia_of(points: Tensor, labels: Tensor) -> float:
 @given(feature_rows(), st.data())
 def test_matches_the_reference(features, data):
     """From equal draws the kernels choose the rows that the reference chooses and end where it
-    ends, after as many iterations; in every type, for every layout. (Where all rows lie on their
-    prototypes, rounding decides whether a centre that none is left for moves once more.)
+    ends, after as many iterations; in every type, for every layout. Where all rows lie on their
+    prototypes, rounding decides whether a centre that none is left for moves once more.
     """
     n, d = features.shape
     num_prototypes = data.draw(st.integers(1, min(n, 12)))
@@ -164,6 +164,13 @@ def awkward_rows(n: int, d: int, kind: str) -> Tensor:
         rows *= torch.rand(n, d, generator=generator) < 0.01
     elif kind == "one large row":
         rows[0] *= 300
+    elif kind == "a large value in half of the columns":
+        rows = torch.randn(n, d, generator=generator)
+        rows.diagonal()[: d // 2] = 400
+    elif kind == "two columns of small values":
+        rows = 1e-3 * (torch.rand(n, d, generator=generator) - 0.5)
+        rows[:, :2] = (2 * torch.rand(n, 2, generator=generator) - 1) / 262
+        rows[0, :2] = 1
     return rows
 
 
@@ -172,9 +179,10 @@ def awkward_rows(n: int, d: int, kind: str) -> Tensor:
     [
         *("decades", "one-hot", "probabilities", "heavy tails", "far away"),
         *("constant columns", "mostly zeros", "one large row"),
+        *("a large value in half of the columns", "two columns of small values"),
     ],
 )
-@pytest.mark.parametrize(("n", "d"), [(300, 64), (3000, 80), (20_000, 64)])
+@pytest.mark.parametrize(("n", "d"), [(300, 64), (3000, 80), (20_000, 64), (20_000, 130)])
 def test_rounding_rows_costs_next_to_nothing(kind, n, d):
     """The covariance of wide rows is summed in 8-bit integers where these leave enough digits, and
     of the variance that exact directions capture at most some ten-thousandths are lost.
@@ -182,10 +190,46 @@ def test_rounding_rows_costs_next_to_nothing(kind, n, d):
     rows = awkward_rows(n, d, kind)
     centered = rows.double() - rows.double().mean(0)
     eigenvalues = torch.linalg.eigvalsh(centered.T @ centered).flip(0)
-    for components in (1, 8, 31):
+    for components in (1, 2, 8, 31):
         expected = float(eigenvalues[:components].sum())
         got = float(build(rows, 1, pca_components=components, backend="native").inertia)
         assert expected * (1 - 4e-4) <= got <= expected * (1 + 1e-5), components
+
+
+@pytest.mark.parametrize("d", [32, 64])
+def test_a_large_row_does_not_drown_the_clusters_of_the_others(d):
+    """Two columns make two clusters; one row, far away in both, a third."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 1e-2 * torch.randn(20_000, d, generator=generator)
+    sign = torch.randint(2, (20_000,), generator=generator).float() * 2 - 1
+    rows[:, 0] += sign
+    rows[:, 1] -= sign
+    rows[0, :2] = 300
+    found = build(rows, 3, pca_components=2, backend="native").prototypes[:, :2]
+    assert sorted(found[:, 0].tolist()) == pytest.approx([-1, 1, 300], rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-21, 3e-21, 1e-20, 1e-18])
+def test_a_column_of_hardly_any_variance_spoils_no_direction(scale):
+    """Its products with the others are too small for a float to hold all their digits."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(300, 8, generator=generator) @ torch.randn(8, 16, generator=generator)
+    rows += 0.3 * torch.randn(300, 16, generator=generator)
+    rows[:, 0] *= scale
+    centered = rows.double() - rows.double().mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centered.T @ centered).flip(0)
+    for components in (1, 4, 7):
+        got = float(build(rows, 1, pca_components=components, backend="native").inertia)
+        assert got == pytest.approx(float(eigenvalues[:components].sum()), rel=1e-5)
+
+
+def test_rows_whose_squares_vanish_count_as_equal():
+    """Beside a column of 1e30 those of 1e-28 have no variance that a float could hold."""
+    rows = 1e-28 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = 1e30
+    d = build(rows, 1, pca_components=2, backend="native")
+    assert bool(torch.isfinite(d.prototypes).all())
+    assert float(d.inertia) == pytest.approx(0, abs=1e-50)
 
 
 def test_a_large_row_does_not_drown_the_directions_of_the_others():

@@ -230,7 +230,7 @@ int64_t Kmeans<T>::iterate(
   // sum larger than n times that: it must stay below 2^62.
   const double largest =
       std::sqrt(*std::max_element(tile_sums_, tile_sums_ + num_tiles_));
-  sum_scale_ = std::ldexp(1.0, 61 - std::ilogb(std::max(largest, 1e-300) * n_));
+  sum_scale_ = std::ldexp(1.0, 61 - std::ilogb(std::max(largest, 1e-280) * n_));
 
   std::fill_n(labels, n_, -1);
   std::fill_n(sums_, depth_ * num_centers_, 0);

@@ -2,7 +2,6 @@
 #include "pca.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -40,20 +39,21 @@ constexpr int64_t small_size = 256;
 constexpr int64_t many_rows_size = 1024;
 
 // Rows rounded to integers, the largest of each column to this one, so many at
-// a time that no sum of products exceeds 2^30. For few values it does not pay,
-// and below this root mean square too few digits are left.
+// a time that no sum of products exceeds 2^30. For few values it does not pay.
 constexpr int64_t integer_values = 1 << 14;
 constexpr int64_t pair_rows = 128;
 constexpr float pair_largest = 2800;
-constexpr double pair_deviation = 44;
+constexpr double pair_magnitude = 20;
 
-// To bytes where products take more time than the rounding. What is left is
-// judged by the mean magnitude, which a few large rows do not lift.
+// To bytes where products take more time than the rounding.
 constexpr int64_t quad_columns = 64;
 constexpr int64_t quad_rows = 256;
 constexpr float quad_largest = 127;
-constexpr double quad_magnitude = 2;
+constexpr double quad_magnitude = 6;
 constexpr double quad_loss = 2e-4;
+
+// With many rows the digits are tried on some of them first.
+constexpr int64_t trial_rows = 256;
 
 constexpr double pi = 3.14159265358979323846;
 
@@ -196,6 +196,7 @@ PrincipalSubspace<T>::PrincipalSubspace(
   matrix_ = arena.take<T>(matrix);
   unit_ = arena.take<float>(num_tiles_ * tile_points);
   factor_ = arena.take<float>(num_tiles_ * tile_points);
+  magnitude_ = arena.take<int64_t>(groups_ * num_tiles_ * tile_points);
   pairs_ = sizeof(T) == 4 && simd_level() == SimdLevel::avx512vnni;
   matrix_pairs_ = arena.take<uint32_t>(
       pairs_ && width_ > 0 ? num_tiles_ * ((size_ + 1) / 2) * tile_points : 0);
@@ -244,9 +245,20 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
     if (pairs_ && n_ * d_ >= integer_values) {
       digits = d_ >= quad_columns ? Digits::quads : Digits::pairs;
     }
-    while (!enough_digits(digits, form_covariance(rows, digits))) {
-      digits = digits == Digits::quads ? Digits::pairs : Digits::floats;
+    const auto form = [&](const CenteredRows<T>& from) {
+      form_covariance(from, digits);
+      while (!enough_digits(digits, from.n)) {
+        digits = digits == Digits::quads ? Digits::pairs : Digits::floats;
+        form_covariance(from, digits);
+      }
+    };
+    if (n_ >= 16 * trial_rows && digits != Digits::floats) {
+      CenteredRows<T> some = rows;
+      some.data += n_ / 2 * d_;
+      some.n = trial_rows;
+      form(some);
     }
+    form(rows);
   }
   // What fills up the last tile was not written.
   const int64_t last = num_tiles_ - 1;
@@ -255,8 +267,8 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
     std::fill(row + tile_size(last), row + tile_points, T(0));
   }
   const double trace = variance();
-  if (!(trace > 0)) {
-    // All rows are equal: any directions will do.
+  if (!(trace >= std::numeric_limits<T>::min())) {
+    // All rows are equal, or as good as that: any directions will do.
     for (int64_t i = 0; i < d_ * q_; ++i) {
       basis_[i] = i / q_ == i % q_ ? 1 : 0;
     }
@@ -308,34 +320,46 @@ void PrincipalSubspace<T>::choose_units(
   }
 }
 
-/// Whether rows that were rounded to these digits, which have this magnitude on
-/// average, have left a covariance whose subspace is as good as the exact one.
+/// Whether n rows rounded to these digits have left enough to find a subspace
+/// of all rows that is as good as the exact one.
 template <typename T>
-bool PrincipalSubspace<T>::enough_digits(Digits digits, double magnitude)
-    const {
+bool PrincipalSubspace<T>::enough_digits(Digits digits, int64_t n) const {
   if (digits == Digits::floats) {
     return true;
   }
-  if (digits == Digits::pairs) {
-    double units = 0;
-    for (int64_t k = 0; k < d_; ++k) {
-      units += static_cast<double>(unit_[k]) * unit_[k];
+  // The mean magnitude, of all columns as far as their rounding adds to the
+  // covariance. Variances would be lifted by a few large values, beside which
+  // all others vanish.
+  double units = 0;
+  double values = 0;
+  const int64_t padded = num_tiles_ * tile_points;
+  for (int64_t k = 0; k < d_; ++k) {
+    int64_t sum = 0;
+    for (int64_t group = 0; group < groups_; ++group) {
+      sum += magnitude_[group * padded + k];
     }
-    return variance() >= n_ * units * pair_deviation * pair_deviation;
+    const double unit = unit_[k];
+    const double value = unit * sum / n;
+    units += unit * unit;
+    values += value * value;
   }
-  // Rounding is noise of variance 1/12. Where no direction stands out, the
-  // share of the variance that it costs is q times that, by n and the variance
-  // of the rows; twice as much is seen. Normal values vary by pi / 2 times the
-  // square of their magnitude.
-  const double loss = q_ / (6 * (pi / 2) * n_ * magnitude * magnitude);
-  return magnitude >= quad_magnitude && loss <= quad_loss;
+  const double square = values / units;
+  if (digits == Digits::pairs) {
+    return square >= pair_magnitude * pair_magnitude;
+  }
+  // Rounding is noise of variance 1/12, and normal values vary by pi / 2 times
+  // the square of their magnitude. The noise of n rows costs a q / n-th of its
+  // share in the variance where no direction stands out; twice that is seen.
+  // What it adds to each column's own variance is covered by the first bound.
+  const double loss = q_ / (6 * (pi / 2) * n_ * square);
+  return square >= quad_magnitude * quad_magnitude && loss <= quad_loss;
 }
 
-/// Returns the mean magnitude of the integers that rows are rounded to.
 template <typename T>
-double PrincipalSubspace<T>::form_covariance(
+void PrincipalSubspace<T>::form_covariance(
     const CenteredRows<T>& rows,
     Digits digits) {
+  const int64_t n = rows.n;
   const int64_t d = d_;
   const int64_t size = num_tiles_ * d * tile_points;
   const int64_t packed = rows_of_word(digits);
@@ -345,9 +369,9 @@ double PrincipalSubspace<T>::form_covariance(
   if (digits != Digits::floats) {
     choose_units(rows, digits);
   }
-  std::atomic<int64_t> magnitudes = 0;
   // What pads the rows must give zeros.
   std::fill_n(centered_, groups_ * chunk_rows_ * stride_, T(0));
+  std::fill_n(magnitude_, groups_ * num_tiles_ * tile_points, int64_t(0));
   // Row `at` of a chunk is the first one of a word.
   const auto center = [&](int64_t first, int64_t count, T* chunk, int64_t at) {
     if constexpr (sizeof(T) == 4) {
@@ -356,7 +380,7 @@ double PrincipalSubspace<T>::form_covariance(
         const auto center_words = digits == Digits::quads
             ? kernels.center_quads
             : kernels.center_pairs;
-        magnitudes += center_words(
+        center_words(
             rows.data + first * d,
             count,
             d,
@@ -416,6 +440,20 @@ double PrincipalSubspace<T>::form_covariance(
         to,
         accumulated);
   };
+  const auto measure = [&](const T* chunk, int64_t count, int64_t group) {
+    if (digits != Digits::floats) {
+      const IntegerKernels& kernels = integer_kernels();
+      const auto add_magnitudes = digits == Digits::quads
+          ? kernels.add_quad_magnitudes
+          : kernels.add_pair_magnitudes;
+      add_magnitudes(
+          reinterpret_cast<const uint32_t*>(chunk),
+          count,
+          stride_,
+          d,
+          magnitude_ + group * num_tiles_ * tile_points);
+    }
+  };
   // Nothing below the diagonal block of a tile is computed.
   const auto last_row = [&](int64_t tile) {
     return std::min((tile + 1) * tile_points, d);
@@ -425,11 +463,12 @@ double PrincipalSubspace<T>::form_covariance(
     torch::stable::parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
         T* chunk = centered_ + group * chunk_rows_ * stride_;
-        const int64_t first = group * n_ / groups_;
-        const int64_t last = (group + 1) * n_ / groups_;
+        const int64_t first = group * n / groups_;
+        const int64_t last = (group + 1) * n / groups_;
         for (int64_t start = first; start < last; start += chunk_rows) {
           const int64_t count = std::min(chunk_rows, last - start);
           center(start, count, chunk, 0);
+          measure(chunk, count, group);
           for (int64_t tile = 0; tile < num_tiles_; ++tile) {
             add(chunk,
                 count,
@@ -451,8 +490,8 @@ double PrincipalSubspace<T>::form_covariance(
     }
   } else {
     const int64_t tasks = (d + task_rows - 1) / task_rows;
-    for (int64_t start = 0; start < n_; start += chunk_rows) {
-      const int64_t count = std::min(chunk_rows, n_ - start);
+    for (int64_t start = 0; start < n; start += chunk_rows) {
+      const int64_t count = std::min(chunk_rows, n - start);
       torch::stable::parallel_for(
           0,
           (count + packed - 1) / packed,
@@ -462,6 +501,7 @@ double PrincipalSubspace<T>::form_covariance(
             const int64_t last = std::min(packed * end, count);
             center(start + at, last - at, centered_, at);
           });
+      measure(centered_, count, 0);
       torch::stable::parallel_for(
           0, num_tiles_ * tasks, 1, [&](int64_t begin, int64_t end) {
             for (int64_t task = begin; task < end; ++task) {
@@ -479,7 +519,6 @@ double PrincipalSubspace<T>::form_covariance(
     }
   }
   mirror();
-  return static_cast<double>(magnitudes) / (n_ * d);
 }
 
 /// Fills in what lies below the diagonal blocks.

@@ -54,9 +54,9 @@ class PrincipalSubspace {
   void compute(const CenteredRows<T>& rows);
 
  private:
-  double form_covariance(const CenteredRows<T>& rows, Digits digits);
+  void form_covariance(const CenteredRows<T>& rows, Digits digits);
   void choose_units(const CenteredRows<T>& rows, Digits digits);
-  bool enough_digits(Digits digits, double magnitude) const;
+  bool enough_digits(Digits digits, int64_t n) const;
   double variance() const;
   void round_matrix();
   void form_gram(const CenteredRows<T>& rows);
@@ -93,13 +93,14 @@ class PrincipalSubspace {
   T* centered_; // [groups, chunk_rows, stride]
   T* partial_;  // [groups, num_tiles, size, 64]
   // Where rows are rounded to integers, for each column their unit.
-  float* unit_;   // [num_tiles, 64]
-  float* factor_; // [num_tiles, 64]: 1 / unit
-  T* matrix_;     // [num_tiles, size, 64]
-  T* block_;      // [num_tiles, width, 64]: the subspace's basis V
-  T* product_;    // [num_tiles, width, 64]: matrix V
-  T* rotated_;    // [num_tiles, width, 64]
-  T* packed_;     // a block, packed for products with the matrix
+  float* unit_;        // [num_tiles, 64]
+  float* factor_;      // [num_tiles, 64]: 1 / unit
+  int64_t* magnitude_; // [groups, num_tiles, 64]: sum of the integers' sizes
+  T* matrix_;          // [num_tiles, size, 64]
+  T* block_;           // [num_tiles, width, 64]: the subspace's basis V
+  T* product_;         // [num_tiles, width, 64]: matrix V
+  T* rotated_;         // [num_tiles, width, 64]
+  T* packed_;          // a block, packed for products with the matrix
   // The same two as 16-bit integers, where there are products of these.
   uint32_t* matrix_pairs_; // [num_tiles, size / 2, 64]
   float matrix_factor_;

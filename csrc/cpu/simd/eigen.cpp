@@ -307,7 +307,9 @@ void reduce(
     for (int64_t j = begin; j < pitch; j += lanes<float>) {
       squares += load(v + j) * load(v + j);
     }
-    const float norm = __builtin_sqrtf(sum_lanes(squares));
+    // What is so small that its square has few digits is none: the trace is 1.
+    const float square = sum_lanes(squares);
+    const float norm = square > 1e-30f ? __builtin_sqrtf(square) : 0;
     const float head = v[k + 1];
     const float reflected = head > 0 ? -norm : norm;
     reduced.off_diagonal[k] = reflected;

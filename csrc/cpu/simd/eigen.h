@@ -35,8 +35,8 @@ struct EigenKernels {
       double* work);
 
   /// The `num_vectors` leading eigenvectors of a symmetric matrix [n, pitch],
-  /// as columns of `vectors` [n, pitch], and of their eigenvalues the first and
-  /// the last; accurate to the rounding of float, relative to the largest.
+  /// of eigenvalues of about 1 at most, as columns of `vectors` [n, pitch];
+  /// accurate to the rounding of float, relative to the largest.
   /// False if some eigenvalues are too close to tell their vectors apart.
   /// `pitch` is eigen_pitch(n), padding is zero, and `matrix` is destroyed;
   /// `work` has room for eigen_work(n) values.

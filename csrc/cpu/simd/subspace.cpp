@@ -192,7 +192,7 @@ template <Packing packing>
 constexpr int rows_of_word = packing == Packing::quads ? 4 : 2;
 
 template <Packing packing>
-int64_t center_words(
+void center_words(
     const float* rows,
     int64_t n,
     int64_t d,
@@ -202,7 +202,6 @@ int64_t center_words(
     uint32_t* words,
     int64_t stride) {
   constexpr int count = rows_of_word<packing>;
-  __m512i magnitudes = _mm512_setzero_si512();
   for (int64_t i = 0; i < n; i += count) {
     for (int64_t k = 0; k < d; k += lanes<float>) {
       __m512i rounded[count];
@@ -215,21 +214,43 @@ int64_t center_words(
       __m512i joined;
       if constexpr (packing == Packing::quads) {
         joined = join_quads(rounded);
-        magnitudes = _mm512_dpbusd_epi32(
-            magnitudes, _mm512_abs_epi8(joined), _mm512_set1_epi8(1));
       } else {
         joined = join_pairs(rounded[0], rounded[1]);
-        magnitudes = _mm512_dpwssd_epi32(
-            magnitudes, _mm512_abs_epi16(joined), _mm512_set1_epi16(1));
       }
       _mm512_storeu_si512(words + i / count * stride + k, joined);
     }
   }
-  int64_t sum = 0;
-  for (int64_t j = 0; j < lanes<int32_t>; ++j) {
-    sum += ((Vec<int32_t>)magnitudes)[j];
-  }
-  return sum;
+}
+
+template <Packing packing>
+void add_magnitudes(
+    const uint32_t* words,
+    int64_t n,
+    int64_t stride,
+    int64_t d,
+    int64_t* sums) {
+  const int64_t num_words =
+      (n + rows_of_word<packing> - 1) / rows_of_word<packing>;
+  for_blocks<float>(d, [&](auto size, int64_t k) KDCI_ALWAYS_INLINE {
+    constexpr int vectors = decltype(size)::value;
+    Vec<int32_t> added[vectors] = {};
+    for (int64_t i = 0; i < num_words; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const __m512i values =
+            _mm512_loadu_si512(words + i * stride + k + v * lanes<float>);
+        const auto sum = (__m512i)added[v];
+        added[v] = packing == Packing::quads
+            ? (Vec<int32_t>)_mm512_dpbusd_epi32(
+                  sum, _mm512_abs_epi8(values), _mm512_set1_epi8(1))
+            : (Vec<int32_t>)_mm512_dpwssd_epi32(
+                  sum, _mm512_abs_epi16(values), _mm512_set1_epi16(1));
+      }
+    }
+    for (int64_t j = 0; j < vectors * lanes<float>; ++j) {
+      sums[k + j] += added[j / lanes<float>][j % lanes<float>];
+    }
+  });
 }
 
 /// What accumulate_words adds to the products with `count` columns of quads,
@@ -426,6 +447,8 @@ constexpr SubspaceKernels<T> table = {
 extern const IntegerKernels integer_kernels = {
     center_words<Packing::pairs>,
     center_words<Packing::quads>,
+    add_magnitudes<Packing::pairs>,
+    add_magnitudes<Packing::quads>,
     add_word_products<Packing::pairs>,
     add_word_products<Packing::quads>,
     round_pair_tile,

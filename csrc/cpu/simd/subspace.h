@@ -18,8 +18,7 @@ namespace kdci {
 struct IntegerKernels {
   /// words [(n + 1) / 2, stride], or [(n + 3) / 4, stride],
   /// = (rows * scale - shift) * factor, with a factor [d] for each column.
-  /// Returns the sum of all magnitudes.
-  using CenterRows = int64_t (*)(
+  using CenterRows = void (*)(
       const float* rows,
       int64_t n,
       int64_t d,
@@ -30,6 +29,17 @@ struct IntegerKernels {
       int64_t stride);
   CenterRows center_pairs;
   CenterRows center_quads;
+
+  /// Adds the magnitudes of n rows in words to sums [d]. Words and sums up to
+  /// the next multiple of 64 columns are read and written.
+  using AddMagnitudes = void (*)(
+      const uint32_t* words,
+      int64_t n,
+      int64_t stride,
+      int64_t d,
+      int64_t* sums);
+  AddMagnitudes add_pair_magnitudes;
+  AddMagnitudes add_quad_magnitudes;
 
   /// As SubspaceKernels::add_products, of rows in words; sums are multiplied
   /// by the units [d] of their two columns. Units and words up to the next

@@ -143,7 +143,6 @@ struct Width {
 
 /// Calls `body` with the width of each group of packed columns as a type and
 /// the index of the group's first column.
-
 template <typename Body>
 KDCI_INLINE void for_groups(int64_t columns, Body body) {
   int64_t first = 0;
