@@ -82,9 +82,9 @@ def confounder_dictionary(
     :math:`z_i` is the mean of the *original* rows of cluster i, and :math:`P(z_i) = n_i / n`.
     The same seed gives bitwise the same result on one device, for any number of threads.
 
-    Up to 256 dimensions (the smaller of n and d) the subspace is exact but for rounding, which
-    costs less than a ten-thousandth of the variance that the best one captures; beyond, it misses
-    some thousandths, in pure noise up to a tenth.
+    Up to 256 dimensions (the smaller of n and d) the subspace is exact but for rounding, which may
+    cost some ten-thousandths of the variance that the best one captures; beyond, it misses some
+    thousandths, in pure noise up to a tenth.
     With n >= 2 m rows, m = max(8192, 64 K), k-means++ looks at m of them, one of each equal
     stretch; Lloyd's iterations always use all. With momentum they end after fewer iterations and,
     on average over seeds, with a lower inertia than without.
