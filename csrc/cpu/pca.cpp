@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "../common/stable.h"
@@ -55,6 +56,11 @@ constexpr double quad_loss = 2e-4;
 // With many rows the digits are tried on some of them first.
 constexpr int64_t trial_rows = 256;
 
+// What must be left of the square of a column once its part along those before
+// it is removed: more than the rounding of their products.
+template <typename T>
+constexpr double least_rest = sizeof(T) == 4 ? 1e-6 : 1e-12;
+
 constexpr double pi = 3.14159265358979323846;
 
 constexpr int max_cycles = 12;
@@ -73,12 +79,12 @@ int64_t rows_of_word(Digits digits) {
   return digits == Digits::quads ? 4 : digits == Digits::pairs ? 2 : 1;
 }
 
-/// 1 or -1, fixed for each index (the SplitMix64 generator).
-int scrambled_sign(uint64_t index) {
+/// A number fixed for each index (the SplitMix64 generator).
+uint64_t scrambled(uint64_t index) {
   uint64_t bits = (index + 1) * 0x9e3779b97f4a7c15ULL;
   bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9ULL;
   bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebULL;
-  return (bits ^ (bits >> 31)) & 1 ? 1 : -1;
+  return bits ^ (bits >> 31);
 }
 
 /// A Chebyshev polynomial of [0, cut] of degree m is cosh(m * growth) at value.
@@ -285,21 +291,65 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   if (!gram_) {
     return;
   }
-  // Directions are X^T u / |X^T u|, and |X^T u|^2 is an eigenvalue.
   gemm(d_, q_, n_, T(1), centered_, 1, d_, leading_, q_, 1, basis_, q_, false);
-  std::vector<double> squares(q_);
-  for (int64_t i = 0; i < d_ * q_; ++i) {
-    squares[i % q_] += static_cast<double>(basis_[i]) * basis_[i];
-  }
+  orthonormalize_basis();
+}
+
+/// Makes the columns X^T u of the basis orthonormal, or zero where nothing but
+/// rounding is left of them. Exact eigenvectors u would give them orthogonal,
+/// of a square that is the eigenvalue; a weak one contains what the rounding of
+/// u leaves of the strong ones.
+template <typename T>
+void PrincipalSubspace<T>::orthonormalize_basis() {
+  const int64_t q = q_;
+  std::vector<T> products(q * q);
+  gemm(q, q, d_, T(1), basis_, 1, q, basis_, q, 1, products.data(), q, false);
   double total = 0;
-  for (double square : squares) {
-    total += square;
+  for (int64_t i = 0; i < q; ++i) {
+    total += products[i * q + i];
   }
   const double negligible = 4 * std::numeric_limits<T>::epsilon() * total;
-  for (int64_t i = 0; i < d_ * q_; ++i) {
-    const double square = squares[i % q_];
-    basis_[i] =
-        square > negligible ? static_cast<T>(basis_[i] / std::sqrt(square)) : 0;
+  std::vector<double> inverse(q);
+  for (int64_t i = 0; i < q; ++i) {
+    const double square = products[i * q + i];
+    inverse[i] = square > negligible ? 1 / std::sqrt(square) : 0;
+  }
+  std::vector<double> correlations(q * q);
+  std::vector<double> rotation(q * q);
+  for (int64_t i = 0; i < q; ++i) {
+    for (int64_t j = 0; j < q; ++j) {
+      correlations[i * q + j] = products[i * q + j] * inverse[i] * inverse[j];
+    }
+    rotation[i * q + i] = 1;
+  }
+  const auto kept = std::make_unique<bool[]>(q);
+  eigen_kernels().cholesky(correlations.data(), q, least_rest<T>, kept.get());
+  eigen_kernels().solve_upper(correlations.data(), q, rotation.data());
+  for (int64_t i = 0; i < q; ++i) {
+    for (int64_t j = 0; j < q; ++j) {
+      products[i * q + j] =
+          kept[j] ? static_cast<T>(rotation[i * q + j] * inverse[i]) : 0;
+    }
+  }
+  std::vector<T> rotated(tile_points * q);
+  for (int64_t first = 0; first < d_; first += tile_points) {
+    const int64_t count = std::min(tile_points, d_ - first);
+    T* rows = basis_ + first * q;
+    gemm(
+        count,
+        q,
+        q,
+        T(1),
+        rows,
+        q,
+        1,
+        products.data(),
+        q,
+        1,
+        rotated.data(),
+        q,
+        false);
+    std::copy_n(rotated.data(), count * q, rows);
   }
 }
 
@@ -626,6 +676,12 @@ bool PrincipalSubspace<T>::iterate() {
 /// nearly as good as a product with random numbers, for the price of a sum.
 template <typename T>
 void PrincipalSubspace<T>::sketch() {
+  // The same number of rows for each column, in no order that data may have.
+  std::vector<int64_t> column(size_);
+  for (int64_t k = 0; k < size_; ++k) {
+    column[k] = k % width_;
+    std::swap(column[k], column[scrambled(k) % (k + 1)]);
+  }
   // The points that fill up the last tile stay zeros for ever.
   const int64_t tile_size = width_ * tile_points;
   std::fill_n(block_, num_tiles_ * tile_size, T(0));
@@ -633,9 +689,9 @@ void PrincipalSubspace<T>::sketch() {
   std::fill_n(rotated_, num_tiles_ * tile_size, T(0));
   for (int64_t tile = 0; tile < num_tiles_; ++tile) {
     for (int64_t k = 0; k < size_; ++k) {
-      const T sign = scrambled_sign(k);
+      const T sign = scrambled(size_ + k) & 1 ? 1 : -1;
       const T* from = matrix_ + (tile * size_ + k) * tile_points;
-      T* to = block_ + tile * tile_size + k % width_ * tile_points;
+      T* to = block_ + tile * tile_size + column[k] * tile_points;
       for (int64_t i = 0; i < tile_points; ++i) {
         to[i] += sign * from[i];
       }
@@ -767,9 +823,8 @@ void PrincipalSubspace<T>::factorize_block(bool precise) {
       small_gram_[i * w + j] /= norms_[i] * norms_[j];
     }
   }
-  // What is left of a column must be more than the rounding of the products.
-  const bool rounded = sizeof(T) == 4 && !precise;
-  eigen_kernels().cholesky(small_gram_, w, rounded ? 1e-6 : 1e-12, kept_);
+  eigen_kernels().cholesky(
+      small_gram_, w, precise ? least_rest<double> : least_rest<T>, kept_);
 }
 
 /// rotated = block * the first `count` columns of rotation_, with the scaling

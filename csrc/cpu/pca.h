@@ -63,6 +63,7 @@ class PrincipalSubspace {
   void mirror();
   bool iterate();
   void solve_fully();
+  void orthonormalize_basis();
   void sketch();
   void apply();
   void filter(double cut, double spread, int degree);
