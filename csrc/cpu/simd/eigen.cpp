@@ -541,21 +541,37 @@ void apply_reflectors(
   const int64_t pitch = eigen_pitch(n);
   const auto apply = [&](auto num, int64_t first) {
     constexpr int width = decltype(num)::value;
-    for (int64_t k = n - 2; k >= 0; --k) {
+    for (int64_t k = n - 2; k >= 0; k -= 2) {
+      // (I - u u^T) (I - v v^T) x = x - v a - u (u.x - (u.v) a), a = v.x. The
+      // last reflector, which has nothing left to reflect, is zero.
       const float* v = reflectors + k * pitch;
-      Vec<float> dots[width] = {};
-      for (int64_t i = k + 1; i < n; ++i) {
+      const float* u = reflectors + (k > 0 ? k - 1 : n - 1) * pitch;
+      Vec<float> products = {};
+      for (int64_t i = k / lanes<float> * lanes<float>; i < pitch;
+           i += lanes<float>) {
+        products += load(u + i) * load(v + i);
+      }
+      const Vec<float> between = broadcast(sum_lanes(products));
+      Vec<float> v_dots[width] = {};
+      Vec<float> u_dots[width] = {};
+      for (int64_t i = k; i < n; ++i) {
 #pragma GCC unroll 4
         for (int c = 0; c < width; ++c) {
-          dots[c] +=
-              v[i] * load(vectors + i * pitch + first + c * lanes<float>);
+          const Vec<float> x =
+              load(vectors + i * pitch + first + c * lanes<float>);
+          v_dots[c] += v[i] * x;
+          u_dots[c] += u[i] * x;
         }
       }
-      for (int64_t i = k + 1; i < n; ++i) {
+#pragma GCC unroll 4
+      for (int c = 0; c < width; ++c) {
+        u_dots[c] -= between * v_dots[c];
+      }
+      for (int64_t i = k; i < n; ++i) {
 #pragma GCC unroll 4
         for (int c = 0; c < width; ++c) {
           float* to = vectors + i * pitch + first + c * lanes<float>;
-          store(to, load(to) - v[i] * dots[c]);
+          store(to, load(to) - v[i] * v_dots[c] - u[i] * u_dots[c]);
         }
       }
     }
