@@ -12,10 +12,10 @@
 
 #include "../common/stable.h"
 #include "arena.h"
-#include "kmeans.h"
 #include "simd/kmeans.h"
 #include "simd/rows.h"
 #include "simd/subspace.h"
+#include "tiles.h"
 
 namespace kdci {
 namespace {

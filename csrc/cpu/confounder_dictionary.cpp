@@ -16,6 +16,7 @@
 #include "pca.h"
 #include "simd/rows.h"
 #include "simd/subspace.h"
+#include "tiles.h"
 
 namespace kdci {
 namespace {
@@ -385,11 +386,13 @@ void build_dictionary(const Problem<T>& problem) {
   const bool is_seeded = problem.initial == nullptr;
   if (is_seeded) {
     // Where all points will be: a place of its own would cost memory.
-    const auto number = [&](int64_t i) { return kmeans.sampled_point(i); };
-    fill(kmeans.sample_size(), number);
-    kmeans.choose_centers(problem.uniforms);
+    const auto number = [&](int64_t i) {
+      return kmeans.seeding().sampled_point(i);
+    };
+    fill(kmeans.seeding().sample_size(), number);
+    kmeans.seeding().choose_centers(problem.uniforms);
   }
-  if (!is_seeded || kmeans.sample_size() < n) {
+  if (!is_seeded || kmeans.seeding().sample_size() < n) {
     fill(n, [](int64_t i) { return i; });
   }
   if (!is_seeded &&

@@ -4,42 +4,20 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <mutex>
 #include <numeric>
 #include <vector>
 
 #include "../common/lloyd.h"
 #include "../common/stable.h"
 #include "simd/kmeans.h"
+#include "tiles.h"
 
 namespace kdci {
-
-template <typename T>
-void pack_columns(const T* matrix, int64_t depth, int64_t count, T* columns) {
-  for (int64_t first = 0; first < count; first += group_columns) {
-    const int64_t width = std::min(group_columns, count - first);
-    for (int64_t k = 0; k < depth; ++k) {
-      std::copy_n(matrix + k * count + first, width, columns);
-      columns += width;
-    }
-  }
-}
-
-template void pack_columns(const float*, int64_t, int64_t, float*);
-template void pack_columns(const double*, int64_t, int64_t, double*);
-
 namespace {
 
 // From this many centres on the bits that an index takes of a 32-bit score
 // would count for more than the rounding to 16-bit integers.
 constexpr int64_t coarse_centers = 1 << 14;
-
-/// Points that k-means++ looks at: all, or where there are at least twice as
-/// many, so many of them.
-int64_t size_of_sample(int64_t n, int64_t num_centers) {
-  const int64_t enough = std::max<int64_t>(8192, 64 * num_centers);
-  return n >= 2 * enough ? enough : n;
-}
 
 } // namespace
 
@@ -53,161 +31,25 @@ Kmeans<T>::Kmeans(
     : n_(n),
       depth_(depth),
       num_centers_(num_centers),
-      candidates_(candidates),
       num_tiles_((n + tile_points - 1) / tile_points),
-      small_(n <= 16 * num_centers || n * num_centers * depth <= (1 << 18)),
-      sample_size_(size_of_sample(n, num_centers)),
-      sample_tiles_((sample_size_ + tile_points - 1) / tile_points) {
+      small_(n <= 16 * num_centers || n * num_centers * depth <= (1 << 18)) {
   tiles_ = arena.take<T>(num_tiles_ * depth * tile_points);
   centers_ = arena.take<T>(depth * num_centers);
+  Arena shared = arena;
+  seeding_.emplace(
+      shared, n, depth, num_centers, candidates, !small_, tiles_, centers_);
+  arena.include(shared);
   before_ = arena.take<T>(small_ ? 0 : depth * num_centers);
   means_ = arena.take<T>(depth * num_centers);
   fresh_ = arena.take<T>(depth * num_centers);
-  packed_ = arena.take<T>(depth * std::max(num_centers, candidates));
+  packed_ = arena.take<T>(depth * num_centers);
   pairs_ = arena.take<uint32_t>(small_ ? 0 : (depth + 1) / 2 * num_centers);
   bias_ = arena.take<T>(num_centers);
   drift_ = arena.take<T>(num_centers);
-  slack_ = arena.take<T>(
-      tile_points * std::max(num_tiles_, sample_tiles_ * candidates));
-  nearest_ = slack_;
-  candidate_points_ = arena.take<T>(depth * candidates);
-  tile_sums_ =
-      arena.take<double>(std::max(num_tiles_, sample_tiles_ * candidates));
-  cumulative_ = arena.take<double>(sample_tiles_);
+  slack_ = arena.take<T>(tile_points * num_tiles_);
+  tile_sums_ = arena.take<double>(num_tiles_);
   sums_ = arena.take<int64_t>(depth * num_centers);
   counts_ = arena.take<int64_t>(num_centers);
-}
-
-/// Tiles per thread at least, for a pass that multiplies every point with
-/// `columns` columns: some 20 us of work.
-template <typename T>
-int64_t Kmeans<T>::grain(int64_t columns) const {
-  return std::max<int64_t>(
-      1, (1 << 21) / (tile_points * depth_ * std::max<int64_t>(columns, 1)));
-}
-
-/// Scrambled, lest the sample resonates with an order of the points.
-template <typename T>
-int64_t Kmeans<T>::sampled_point(int64_t i) const {
-  const int64_t begin = i * n_ / sample_size_;
-  const uint64_t length = (i + 1) * n_ / sample_size_ - begin;
-  const uint32_t scrambled = static_cast<uint32_t>(i) * 2654435769U;
-  return begin + static_cast<int64_t>(scrambled * length >> 32);
-}
-
-template <typename T>
-void Kmeans<T>::copy_point(int64_t row, T* point, int64_t stride) const {
-  const T* from =
-      tiles_ + row / tile_points * depth_ * tile_points + row % tile_points;
-  for (int64_t k = 0; k < depth_; ++k) {
-    point[k * stride] = from[k * tile_points];
-  }
-}
-
-template <typename T>
-void Kmeans<T>::choose_centers(const double* uniforms) {
-  const auto& kernels = kmeans_kernels<T>();
-  const int64_t count = num_centers_;
-  for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
-    const int64_t points =
-        std::min(tile_points, sample_size_ - tile * tile_points);
-    T* distances = nearest_ + tile * candidates_ * tile_points;
-    std::fill_n(distances, points, std::numeric_limits<T>::infinity());
-    std::fill(distances + points, distances + tile_points, T(0));
-  }
-
-  // Whatever the first uniform is, it must name a point.
-  const double drawn = uniforms[0] * sample_size_;
-  const int64_t first =
-      drawn > 0 ? static_cast<int64_t>(std::min(drawn, sample_size_ - 1.0)) : 0;
-  copy_point(first, centers_, count);
-  copy_point(first, candidate_points_, 1);
-  int64_t chosen = 0; // of the candidates tried last
-  // One pass over the points for each centre, which tries all candidates.
-  const auto try_candidates = [&](int64_t candidates) {
-    pack_columns(candidate_points_, depth_, candidates, packed_);
-    torch::stable::parallel_for(
-        0, sample_tiles_, grain(candidates), [&](int64_t begin, int64_t end) {
-          kernels.seed_tiles(
-              tiles_,
-              depth_,
-              begin,
-              end,
-              packed_,
-              candidates,
-              candidates_,
-              chosen,
-              nearest_,
-              tile_sums_);
-        });
-  };
-  try_candidates(1);
-  for (int64_t center = 1; center < count; ++center) {
-    double total = 0;
-    for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
-      total += tile_sums_[tile * candidates_ + chosen];
-      cumulative_[tile] = total;
-    }
-    if (!(total > 0)) {
-      // Fewer distinct points than centres.
-      for (int64_t k = 0; k < depth_; ++k) {
-        std::fill_n(
-            centers_ + k * count + center, count - center, centers_[k * count]);
-      }
-      return;
-    }
-    for (int64_t c = 0; c < candidates_; ++c) {
-      const double uniform = uniforms[center * candidates_ + c];
-      const int64_t row = draw(uniform * total, chosen);
-      copy_point(row, candidate_points_ + c, candidates_);
-    }
-    try_candidates(candidates_);
-    // Equal potentials are common (either of the last two rows leaves their
-    // distance), and must not be told apart by rounding.
-    double least = 0;
-    for (int64_t c = 0; c < candidates_; ++c) {
-      double potential = 0;
-      for (int64_t tile = 0; tile < sample_tiles_; ++tile) {
-        potential += tile_sums_[tile * candidates_ + c];
-      }
-      if (c == 0 || potential < least * (1 - 1e-6)) {
-        least = potential;
-        chosen = c;
-      }
-    }
-    for (int64_t k = 0; k < depth_; ++k) {
-      centers_[k * count + center] =
-          candidate_points_[k * candidates_ + chosen];
-    }
-  }
-}
-
-/// The first point of the sample at which the cumulative squared distances
-/// that candidate `chosen` left exceed `threshold`.
-template <typename T>
-int64_t Kmeans<T>::draw(double threshold, int64_t chosen) const {
-  int64_t tile =
-      std::upper_bound(cumulative_, cumulative_ + sample_tiles_, threshold) -
-      cumulative_;
-  // Rounding can take the threshold to the total: then it is the last point
-  // that is no centre.
-  while (tile == sample_tiles_ ||
-         (tile > 0 && cumulative_[tile] == cumulative_[tile - 1])) {
-    --tile;
-  }
-  const T* distances = nearest_ + (tile * candidates_ + chosen) * tile_points;
-  double sum = tile > 0 ? cumulative_[tile - 1] : 0;
-  int64_t last = 0;
-  for (int64_t i = 0; i < tile_points; ++i) {
-    sum += distances[i];
-    if (distances[i] > 0) {
-      last = i;
-      if (sum > threshold) {
-        break;
-      }
-    }
-  }
-  return tile * tile_points + last;
 }
 
 template <typename T>
@@ -218,7 +60,7 @@ int64_t Kmeans<T>::iterate(
     int64_t* labels) {
   const auto& kernels = kmeans_kernels<T>();
   torch::stable::parallel_for(
-      0, num_tiles_, grain(1), [&](int64_t begin, int64_t end) {
+      0, num_tiles_, tile_grain(depth_, 1), [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
           tile_sums_[tile] =
               kernels.square_sum(tiles_ + tile * depth_ * tile_points, depth_);
@@ -299,34 +141,43 @@ int64_t Kmeans<T>::assign(int64_t* labels) {
     task.drift = has_slack_ ? drift_ : nullptr;
     prepare_products(task);
   }
+  // Each part of the tiles has its own memory, kept for the next iteration.
+  const auto parts = std::clamp<int64_t>(
+      num_tiles_ / tile_grain(depth_, num_centers_),
+      1,
+      torch::stable::get_num_threads());
+  parts_.resize(parts);
   const int64_t num_sums = depth_ * num_centers_;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Part& part = parts_[i];
+      part.scratch.resize(
+          small_ ? 0 : kernels.assign_scratch(depth_, num_centers_));
+      Assignment<T> its_task = task;
+      its_task.sums = sums_;
+      its_task.counts = counts_;
+      if (parts > 1) {
+        part.sums.assign(num_sums + num_centers_, 0);
+        its_task.sums = part.sums.data();
+        its_task.counts = part.sums.data() + num_sums;
+      }
+      part.moves = kernels.assign_tiles(
+          its_task,
+          i * num_tiles_ / parts,
+          (i + 1) * num_tiles_ / parts,
+          part.scratch.data());
+    }
+  });
   int64_t moves = 0;
-  std::mutex merging;
-  torch::stable::parallel_for(
-      0, num_tiles_, grain(num_centers_), [&](int64_t begin, int64_t end) {
-        std::vector<T> scratch(
-            small_ ? 0 : kernels.assign_scratch(depth_, num_centers_));
-        Assignment<T> part = task;
-        if (begin == 0 && end == num_tiles_) {
-          part.sums = sums_;
-          part.counts = counts_;
-          moves = kernels.assign_tiles(part, begin, end, scratch.data());
-          return;
-        }
-        std::vector<int64_t> sums(num_sums + num_centers_);
-        part.sums = sums.data();
-        part.counts = sums.data() + num_sums;
-        const int64_t moved =
-            kernels.assign_tiles(part, begin, end, scratch.data());
-        const std::lock_guard<std::mutex> lock(merging);
-        moves += moved;
-        for (int64_t i = 0; i < num_sums; ++i) {
-          sums_[i] += part.sums[i];
-        }
-        for (int64_t c = 0; c < num_centers_; ++c) {
-          counts_[c] += part.counts[c];
-        }
-      });
+  for (const Part& part : parts_) {
+    moves += part.moves;
+    for (int64_t i = 0; parts > 1 && i < num_sums; ++i) {
+      sums_[i] += part.sums[i];
+    }
+    for (int64_t c = 0; parts > 1 && c < num_centers_; ++c) {
+      counts_[c] += part.sums[num_sums + c];
+    }
+  }
   has_slack_ = !small_;
   return moves;
 }
@@ -409,7 +260,7 @@ bool Kmeans<T>::find_means(const int64_t* labels, double& between) {
         continue;
       }
       const int64_t donor = labels[*row];
-      copy_point(*row, point.data(), 1);
+      copy_point(tiles_, depth_, *row, point.data(), 1);
       for (int64_t k = 0; k < depth_; ++k) {
         const int64_t value = std::llrint(point[k] * sum_scale_);
         adjusted_sums[donor * depth_ + k] -= value;
@@ -426,18 +277,22 @@ bool Kmeans<T>::find_means(const int64_t* labels, double& between) {
   }
   between = 0;
   for (int64_t c = 0; c < num_centers_; ++c) {
-    double square = 0;
-    for (int64_t k = 0; k < depth_; ++k) {
-      const int64_t at = k * num_centers_ + c;
-      if (counts[c] == 0) {
-        fresh_[at] = means_[at];
-        continue;
+    T* fresh = fresh_ + c;
+    if (counts[c] == 0) {
+      for (int64_t k = 0; k < depth_; ++k) {
+        fresh[k * num_centers_] = means_[k * num_centers_ + c];
       }
-      const double mean = sums[c * depth_ + k] / (counts[c] * sum_scale_);
-      square += mean * mean;
-      fresh_[at] = static_cast<T>(mean);
+      continue;
     }
-    between += counts[c] * square;
+    const double factor = 1 / (counts[c] * sum_scale_);
+    double squares[4] = {};
+    for (int64_t k = 0; k < depth_; ++k) {
+      const double mean = sums[c * depth_ + k] * factor;
+      squares[k % 4] += mean * mean;
+      fresh[k * num_centers_] = static_cast<T>(mean);
+    }
+    between +=
+        counts[c] * ((squares[0] + squares[1]) + (squares[2] + squares[3]));
   }
   return is_relocated;
 }
@@ -476,7 +331,7 @@ double Kmeans<T>::own_distances(const int64_t* labels) {
   has_slack_ = false;
   const auto& kernels = kmeans_kernels<T>();
   torch::stable::parallel_for(
-      0, num_tiles_, grain(4), [&](int64_t begin, int64_t end) {
+      0, num_tiles_, tile_grain(depth_, 4), [&](int64_t begin, int64_t end) {
         kernels.own_distances(
             tiles_,
             depth_,

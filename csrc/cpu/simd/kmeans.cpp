@@ -19,53 +19,6 @@ double square_sum(const T* tile, int64_t depth) {
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <typename T>
-void seed_tiles(
-    const T* tiles,
-    int64_t depth,
-    int64_t begin,
-    int64_t end,
-    const T* columns,
-    int64_t candidates,
-    int64_t stride,
-    int64_t chosen,
-    T* nearest,
-    double* sums) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const T* points = tiles + tile * depth * tile_points;
-    T* distances = nearest + tile * stride * tile_points;
-    T lowest[tile_points];
-    for (int64_t i = 0; i < tile_points; i += lanes<T>) {
-      store(lowest + i, load(distances + chosen * tile_points + i));
-    }
-    for_groups(candidates, [&](auto group, int64_t first) KDCI_ALWAYS_INLINE {
-      constexpr int width = decltype(group)::value;
-      T* left = distances + first * tile_points;
-      for (int64_t i = 0; i < tile_points; i += block_points<T>) {
-        Block<T, width> block = {};
-        accumulate<true, T, width, num_vectors>(
-            points + i, depth, columns + first * depth, block);
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < num_vectors; ++v) {
-          const Vec<T> old = load(lowest + i + v * lanes<T>);
-#pragma GCC unroll 6
-          for (int c = 0; c < width; ++c) {
-            store(
-                left + c * tile_points + i + v * lanes<T>,
-                block[c][v] < old ? block[c][v] : old);
-          }
-        }
-      }
-      for (int c = 0; c < width; ++c) {
-        sums[tile * stride + first + c] =
-            sum_all(left + c * tile_points, tile_points);
-      }
-    });
-  }
-}
-
-// -- Assignment --------------------------------------------------------------
-
 /// The lowest and second lowest score of each point of a tile, and the column
 /// that has the lowest; of equal ones the first.
 template <typename Score, typename Index>
@@ -268,6 +221,31 @@ KDCI_INLINE uint64_t not_positive(const T* values) {
   return found;
 }
 
+/// A vector of values `stride` apart, times `scale`.
+template <typename T>
+KDCI_INLINE Vec<int64_t> round_values(
+    const T* values,
+    int64_t stride,
+    double scale) {
+  typedef T Values __attribute__((vector_size(lanes<double> * sizeof(T))));
+  Values found = {};
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < lanes<double>; ++j) {
+    found[j] = values[j * stride];
+  }
+  const Vec<double> scaled =
+      __builtin_convertvector(found, Vec<double>) * scale;
+#if defined(__AVX512DQ__)
+  return (Vec<int64_t>)_mm512_cvtpd_epi64((__m512d)scaled);
+#else
+  Vec<int64_t> rounded = {};
+  for (int64_t j = 0; j < lanes<double>; ++j) {
+    rounded[j] = __builtin_llrint(scaled[j]);
+  }
+  return rounded;
+#endif
+}
+
 /// The first `count` points of a tile.
 KDCI_INLINE uint64_t first_points(int64_t count) {
   return ~uint64_t(0) >> (tile_points - count);
@@ -391,33 +369,40 @@ class AssignPass {
     moves_ += __builtin_popcountll(changed);
     for (; changed != 0; changed &= changed - 1) {
       const int64_t i = __builtin_ctzll(changed);
-      set_label(rows[i], found[i], points + i, stride);
+      const int64_t old = task_.labels[rows[i]];
+      task_.labels[rows[i]] = found[i];
+      if (task_.sums != nullptr) {
+        move_point(points + i, stride, old, found[i]);
+      }
     }
   }
 
-  /// Labels a row whose coordinates are `stride` apart anew.
-  void set_label(int64_t row, int64_t label, const T* point, int64_t stride) {
-    const int64_t old = task_.labels[row];
-    task_.labels[row] = label;
-    if (task_.sums == nullptr) {
-      return;
-    }
+  /// Takes a point whose coordinates are `stride` apart from one cluster's sums
+  /// to another's.
+  void move_point(const T* point, int64_t stride, int64_t old, int64_t label) {
     const int64_t depth = task_.depth;
     int64_t* to = task_.sums + label * depth;
-    ++task_.counts[label];
-    if (old < 0) {
-      for (int64_t k = 0; k < depth; ++k) {
-        to[k] += __builtin_llrint(point[k * stride] * task_.sum_scale);
-      }
-      return;
-    }
     int64_t* from = task_.sums + old * depth;
-    --task_.counts[old];
-    for (int64_t k = 0; k < depth; ++k) {
+    int64_t k = 0;
+    for (; k + lanes<int64_t> <= depth; k += lanes<int64_t>) {
+      const Vec<int64_t> values =
+          round_values(point + k * stride, stride, task_.sum_scale);
+      store(to + k, load(to + k) + values);
+      if (old >= 0) {
+        store(from + k, load(from + k) - values);
+      }
+    }
+    for (; k < depth; ++k) {
       const int64_t value =
           __builtin_llrint(point[k * stride] * task_.sum_scale);
       to[k] += value;
-      from[k] -= value;
+      if (old >= 0) {
+        from[k] -= value;
+      }
+    }
+    ++task_.counts[label];
+    if (old >= 0) {
+      --task_.counts[old];
     }
   }
 
@@ -628,20 +613,8 @@ class AssignPass {
   float round_tile(const float* points, int64_t stride, float* squares) {
     const int64_t depth = task_.depth;
     float largest = task_.largest_center;
-    for (int64_t i = 0; i < tile_points; i += lanes<float>) {
-      Vec<float> square = {};
-      for (int64_t k = 0; k < depth; ++k) {
-        const Vec<float> value = load(points + k * stride + i);
-        square += value * value;
-      }
-      store(squares + i, square);
-    }
-    float largest_square = 0;
-    for (int64_t i = 0; i < tile_points; ++i) {
-      largest_square =
-          squares[i] > largest_square ? squares[i] : largest_square;
-    }
-    const float length = __builtin_sqrtf(largest_square);
+    square_lengths(points, stride, depth, squares);
+    const float length = __builtin_sqrtf(largest_of(squares));
     largest = length > largest ? length : largest;
     const float scale = 32000 / largest;
     round_to_pairs(points, stride, depth, scale, pairs_);
@@ -711,7 +684,6 @@ void own_distances(
 template <typename T>
 constexpr KmeansKernels<T> table = {
     square_sum<T>,
-    seed_tiles<T>,
     assign_scratch<T>,
     assign_tiles<T>,
     own_distances<T>,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The inner loops of k-means++ and Lloyd's iterations.
+// The inner loops of Lloyd's iterations.
 #pragma once
 
 #include <cstdint>
@@ -48,23 +48,6 @@ template <typename T>
 struct KmeansKernels {
   /// Sum of the squares of a tile's values.
   double (*square_sum)(const T* tile, int64_t depth);
-
-  /// One round of k-means++ over tiles [begin, end), with packed candidates.
-  /// nearest [num_tiles, stride, 64] holds in slot `chosen` the squared
-  /// distance of each point to the centres so far, and gets in slot c what
-  /// candidate c would leave of it, the sum of which goes to
-  /// sums [num_tiles, stride].
-  void (*seed_tiles)(
-      const T* tiles,
-      int64_t depth,
-      int64_t begin,
-      int64_t end,
-      const T* columns,
-      int64_t candidates,
-      int64_t stride,
-      int64_t chosen,
-      T* nearest,
-      double* sums);
 
   /// Assigns the points of tiles [begin, end) to their nearest centres, ties to
   /// the lowest index, and returns how many labels changed. `scratch` has room

@@ -65,6 +65,35 @@ KDCI_INLINE void accumulate(
 
 #if defined(__AVX512VNNI__)
 
+/// squares [64] of the lengths of points [depth][64], of coordinates `stride`
+/// apart.
+KDCI_INLINE void square_lengths(
+    const float* points,
+    int64_t stride,
+    int64_t depth,
+    float* squares) {
+  Vec<float> sums[num_vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < num_vectors; ++v) {
+      const Vec<float> value = load(points + k * stride + v * lanes<float>);
+      sums[v] += value * value;
+    }
+  }
+  for (int v = 0; v < num_vectors; ++v) {
+    store(squares + v * lanes<float>, sums[v]);
+  }
+}
+
+/// The largest of a tile's values, none of them negative.
+KDCI_INLINE float largest_of(const float* values) {
+  float largest = 0;
+  for (int64_t i = 0; i < tile_points; ++i) {
+    largest = values[i] > largest ? values[i] : largest;
+  }
+  return largest;
+}
+
 /// Two vectors of 16-bit integers as one of pairs, the first one low.
 KDCI_INLINE __m512i join_pairs(__m512i first, __m512i second) {
   return _mm512_or_si512(
