@@ -75,10 +75,6 @@ constexpr int64_t line_values = 16;
 // Rows of a tile of the matrix that one task computes: whole groups.
 constexpr int64_t task_rows = 16 * group_columns;
 
-int64_t rows_of_word(Digits digits) {
-  return digits == Digits::quads ? 4 : digits == Digits::pairs ? 2 : 1;
-}
-
 /// A number fixed for each index (the SplitMix64 generator).
 uint64_t scrambled(uint64_t index) {
   uint64_t bits = (index + 1) * 0x9e3779b97f4a7c15ULL;
@@ -203,7 +199,7 @@ PrincipalSubspace<T>::PrincipalSubspace(
   unit_ = arena.take<float>(num_tiles_ * tile_points);
   factor_ = arena.take<float>(num_tiles_ * tile_points);
   magnitude_ = arena.take<int64_t>(groups_ * num_tiles_ * tile_points);
-  pairs_ = sizeof(T) == 4 && simd_level() == SimdLevel::avx512vnni;
+  pairs_ = has_integer_kernels<T>();
   matrix_pairs_ = arena.take<uint32_t>(
       pairs_ && width_ > 0 ? num_tiles_ * ((size_ + 1) / 2) * tile_points : 0);
   unscale_ = arena.take<float>(width_);
@@ -412,7 +408,9 @@ void PrincipalSubspace<T>::form_covariance(
   const int64_t n = rows.n;
   const int64_t d = d_;
   const int64_t size = num_tiles_ * d * tile_points;
-  const int64_t packed = rows_of_word(digits);
+  const WordKernels& words = digits == Digits::quads ? integer_kernels().quads
+                                                     : integer_kernels().pairs;
+  const int64_t packed = digits == Digits::floats ? 1 : words.rows_of_word;
   const int64_t chunk_rows = digits == Digits::quads ? quad_rows
       : digits == Digits::pairs                      ? pair_rows
                                                      : chunk_rows_;
@@ -426,11 +424,7 @@ void PrincipalSubspace<T>::form_covariance(
   const auto center = [&](int64_t first, int64_t count, T* chunk, int64_t at) {
     if constexpr (sizeof(T) == 4) {
       if (digits != Digits::floats) {
-        const IntegerKernels& kernels = integer_kernels();
-        const auto center_words = digits == Digits::quads
-            ? kernels.center_quads
-            : kernels.center_pairs;
-        center_words(
+        words.center(
             rows.data + first * d,
             count,
             d,
@@ -462,10 +456,7 @@ void PrincipalSubspace<T>::form_covariance(
     const int64_t column = tile * tile_points;
     if constexpr (sizeof(T) == 4) {
       if (digits != Digits::floats) {
-        const IntegerKernels& kernels = integer_kernels();
-        const auto add_words =
-            digits == Digits::quads ? kernels.add_quads : kernels.add_pairs;
-        add_words(
+        words.add_products(
             reinterpret_cast<const uint32_t*>(chunk),
             count,
             stride_,
@@ -492,11 +483,7 @@ void PrincipalSubspace<T>::form_covariance(
   };
   const auto measure = [&](const T* chunk, int64_t count, int64_t group) {
     if (digits != Digits::floats) {
-      const IntegerKernels& kernels = integer_kernels();
-      const auto add_magnitudes = digits == Digits::quads
-          ? kernels.add_quad_magnitudes
-          : kernels.add_pair_magnitudes;
-      add_magnitudes(
+      words.add_magnitudes(
           reinterpret_cast<const uint32_t*>(chunk),
           count,
           stride_,
