@@ -67,7 +67,7 @@ class LeadingSubspace {
   Tiles<T> rotated_; // [size, width]
   T* packed_;        // a block, packed for products with the matrix
   // The same two as 16-bit integers, where there are products of these.
-  Tiles<uint32_t> matrix_pairs_;
+  Tiles<uint32_t> matrix_pairs_; // [size, (size + 1) / 2]
   float matrix_factor_ = 0;
   float* unscale_;     // [width]
   T* packed_rotation_; // [width, width]
