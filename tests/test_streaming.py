@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import sharded
 import torch
+from dictionaries import BACKENDS, assert_same_partition, backends, clusters, inertia_of
 from hypothesis import given
 from hypothesis import strategies as st
 from sharded import mixture
 from strategies import DTYPES, feature_rows
-from test_dictionary import BACKENDS, assert_same_partition, backends, clusters, inertia_of
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, TensorDataset
 

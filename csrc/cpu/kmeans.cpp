@@ -202,7 +202,7 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
   for (int64_t i = 0; i < depth_ * num_centers_; ++i) {
     packed_[i] = -packed_[i];
   }
-  if (sizeof(T) > 4 || simd_level() != SimdLevel::avx512vnni ||
+  if (!has_integer_kernels<T>() ||
       !(task.largest_center > std::numeric_limits<float>::min()) ||
       num_centers_ > coarse_centers) {
     return;

@@ -42,8 +42,7 @@ Seeding<T>::Seeding(
       candidates_(candidates),
       sample_size_(size_of_sample(n, num_centers)),
       sample_tiles_((sample_size_ + tile_points - 1) / tile_points),
-      is_coarse_(
-          is_coarse && sizeof(T) == 4 && simd_level() == SimdLevel::avx512vnni),
+      is_coarse_(is_coarse && has_integer_kernels<T>()),
       tiles_(tiles),
       centers_(centers) {
   rows_ = arena.take<int64_t>(candidates);

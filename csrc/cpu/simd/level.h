@@ -18,6 +18,12 @@ enum class SimdLevel { baseline, avx2, avx512, avx512vnni };
 /// KDCI_SIMD=baseline|avx2|avx512|avx512vnni, read once, lowers it (for tests).
 SimdLevel simd_level();
 
+/// Whether there are products of integers for values of type T.
+template <typename T>
+static inline bool has_integer_kernels() {
+  return sizeof(T) == 4 && simd_level() == SimdLevel::avx512vnni;
+}
+
 /// Whether a division takes no longer than the two multiplications that refine
 /// an estimate of the reciprocal: so on AMD's processors with AVX-512, while
 /// Intel's need 16 cycles for a vector.

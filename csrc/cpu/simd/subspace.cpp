@@ -339,6 +339,14 @@ void add_word_products(
   }
 }
 
+template <Packing packing>
+constexpr WordKernels word_kernels = {
+    rows_of_word<packing>,
+    center_words<packing>,
+    add_magnitudes<packing>,
+    add_word_products<packing>,
+};
+
 void round_pair_tile(
     const float* tile,
     int64_t depth,
@@ -445,12 +453,8 @@ constexpr SubspaceKernels<T> table = {
 
 #if defined(__AVX512VNNI__)
 extern const IntegerKernels integer_kernels = {
-    center_words<Packing::pairs>,
-    center_words<Packing::quads>,
-    add_magnitudes<Packing::pairs>,
-    add_magnitudes<Packing::quads>,
-    add_word_products<Packing::pairs>,
-    add_word_products<Packing::quads>,
+    word_kernels<Packing::pairs>,
+    word_kernels<Packing::quads>,
     round_pair_tile,
     pack_pair_block,
     project_pair_tile,

@@ -10,15 +10,13 @@
 
 namespace kdci {
 
-/// Products of 16-bit integers, twice as fast as those of floats and accurate
-/// enough for a covariance and for steps towards its subspace, or of 8-bit
-/// integers, twice as fast again. Numbers are scaled so that no sum of products
-/// exceeds 2^31; two or four of the summed-over dimension lie in a 32-bit word.
-/// The functions are null unless SimdLevel is avx512vnni.
-struct IntegerKernels {
-  /// words [(n + 1) / 2, stride], or [(n + 3) / 4, stride],
-  /// = (rows * scale - shift) * factor, with a factor [d] for each column.
-  using CenterRows = void (*)(
+/// Products of rows of integers, several of which lie in a 32-bit word.
+struct WordKernels {
+  int64_t rows_of_word;
+
+  /// words [ceil(n / rows_of_word), stride] = (rows * scale - shift) * factor,
+  /// with a factor [d] for each column.
+  void (*center)(
       const float* rows,
       int64_t n,
       int64_t d,
@@ -27,24 +25,20 @@ struct IntegerKernels {
       const float* factor,
       uint32_t* words,
       int64_t stride);
-  CenterRows center_pairs;
-  CenterRows center_quads;
 
   /// Adds the magnitudes of n rows in words to sums [d]. Words and sums up to
   /// the next multiple of 64 columns are read and written.
-  using AddMagnitudes = void (*)(
+  void (*add_magnitudes)(
       const uint32_t* words,
       int64_t n,
       int64_t stride,
       int64_t d,
       int64_t* sums);
-  AddMagnitudes add_pair_magnitudes;
-  AddMagnitudes add_quad_magnitudes;
 
   /// As SubspaceKernels::add_products, of rows in words; sums are multiplied
   /// by the units [d] of their two columns. Units and words up to the next
   /// multiple of 64 columns are read.
-  using AddProducts = void (*)(
+  void (*add_products)(
       const uint32_t* words,
       int64_t n,
       int64_t stride,
@@ -55,8 +49,16 @@ struct IntegerKernels {
       const float* unit,
       float* tile,
       bool accumulated);
-  AddProducts add_pairs;
-  AddProducts add_quads;
+};
+
+/// Products of 16-bit integers, twice as fast as those of floats and accurate
+/// enough for a covariance and for steps towards its subspace, or of 8-bit
+/// integers, twice as fast again. Numbers are scaled so that no sum of products
+/// exceeds 2^31; two or four of the summed-over dimension lie in a 32-bit word.
+/// The functions are null unless has_integer_kernels().
+struct IntegerKernels {
+  WordKernels pairs;
+  WordKernels quads;
 
   /// pairs [(depth + 1) / 2][64] of a tile [depth][64], times `factor`.
   void (*round_tile)(
