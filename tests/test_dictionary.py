@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -95,6 +96,42 @@ def test_seeds_on_the_references_sample_of_many_rows(n):
     )
     assert torch.equal(native.labels, exact.labels)
     torch.testing.assert_close(native.prototypes, exact.prototypes)
+
+
+def clustered(kind: str) -> Tensor:
+    """3000 rows in 24 clusters whose distances are hard to resolve beside the rows' lengths."""
+    generator = torch.Generator().manual_seed(3)
+    centers = torch.randn(24, 12, generator=generator)
+    rows = centers[torch.arange(3000) % 24]
+    if kind == "equal":
+        return rows
+    rows = rows + 0.05 * torch.randn(3000, 12, generator=generator)
+    if kind == "an outlier":
+        rows[5] *= 1e5
+    elif kind == "some outliers":
+        rows[:8] *= 3e3
+    elif kind == "clusters of clusters":
+        rows += 1e4 * torch.randn(4, 12, generator=generator)[torch.arange(3000) % 4]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "kind", ["apart", "equal", "an outlier", "some outliers", "clusters of clusters"]
+)
+@pytest.mark.parametrize("num_prototypes", [25, 40])
+def test_small_distances_count_beside_large_ones(kind, num_prototypes):
+    """Integers and products stand in for squared differences only as long as these resolve the
+    rows: from the same draws clusters are as good as the reference's.
+    """
+    rows = clustered(kind)
+    native, exact = (
+        statistics.median(
+            float(build(rows, num_prototypes, seed, pca_components=12, backend=backend).inertia)
+            for seed in range(5)
+        )
+        for backend in BACKENDS
+    )
+    assert native <= 1.02 * exact
 
 
 def test_many_rows_on_any_number_of_threads(two_threads):

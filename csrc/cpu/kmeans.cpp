@@ -182,7 +182,7 @@ int64_t Kmeans<T>::assign(int64_t* labels) {
   return moves;
 }
 
-/// Turns packed_ into -c, and adds what comparing products takes.
+/// Adds what comparing products takes.
 template <typename T>
 void Kmeans<T>::prepare_products(Assignment<T>& task) {
   std::vector<double> squares(num_centers_);
@@ -199,9 +199,6 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
   }
   // An upper bound must stay one as a T.
   task.largest_center = static_cast<T>(std::sqrt(largest) * (1 + 1e-6));
-  for (int64_t i = 0; i < depth_ * num_centers_; ++i) {
-    packed_[i] = -packed_[i];
-  }
   if (!has_integer_kernels<T>() ||
       !(task.largest_center > std::numeric_limits<float>::min()) ||
       num_centers_ > coarse_centers) {
@@ -213,7 +210,7 @@ void Kmeans<T>::prepare_products(Assignment<T>& task) {
   }
   task.pair_scale = 32000 / static_cast<float>(task.largest_center);
   const auto rounded = [&](T value) {
-    return static_cast<uint16_t>(std::lrint(value * task.pair_scale));
+    return static_cast<uint16_t>(std::lrint(-value * task.pair_scale));
   };
   uint32_t* pair = pairs_;
   for (int64_t first = 0; first < num_centers_; first += group_columns) {

@@ -70,8 +70,8 @@ class Kmeans {
   int64_t depth_;
   int64_t num_centers_;
   int64_t num_tiles_;
-  // Small problems: where there is little to do exactness costs nothing, and
-  // clusters of a few points can be closer to each other than products resolve.
+  // Small problems are settled by squared differences at once: where there is
+  // little to do bounds and roundings do not pay.
   bool small_;
 
   T* tiles_;        // [num_tiles, depth, 64]

@@ -254,7 +254,8 @@ KDCI_INLINE uint64_t first_points(int64_t count) {
 /// One pass over a range of tiles. Points that cannot have changed are left
 /// alone; the others are collected into full tiles and scored, in 16-bit
 /// integers where the processor has products of these. A point whose two best
-/// scores are closer than the rounding of that is scored once more in full.
+/// scores are closer than the rounding of that is scored once more in products
+/// of T, and where these leave it open, in squared differences.
 template <typename T>
 class AssignPass {
  public:
@@ -267,7 +268,8 @@ class AssignPass {
     if (task.bias != nullptr) {
       active_.points = scratch;
       close_.points = scratch + task.depth * pitch;
-      scratch += 2 * task.depth * pitch;
+      tied_.points = scratch + 2 * task.depth * pitch;
+      scratch += 3 * task.depth * pitch;
       pairs_ = reinterpret_cast<uint32_t*>(scratch);
       pair_bias_ =
           reinterpret_cast<int32_t*>(scratch + task.depth * tile_points);
@@ -299,7 +301,8 @@ class AssignPass {
       }
     }
     settle(active_.points, pitch, active_.rows, active_.count);
-    settle_exactly(close_.points, pitch, close_.rows, close_.count);
+    settle_by_products(close_.points, pitch, close_.rows, close_.count);
+    settle_by_differences(tied_.points, pitch, tied_.rows, tied_.count);
     return moves_;
   }
 
@@ -414,6 +417,10 @@ class AssignPass {
     if (count == 0) {
       return;
     }
+    if (task_.bias == nullptr) {
+      settle_by_differences(points, stride, rows, count);
+      return;
+    }
 #if defined(__AVX512VNNI__)
     if constexpr (sizeof(T) == 4) {
       if (task_.pairs != nullptr) {
@@ -422,10 +429,38 @@ class AssignPass {
       }
     }
 #endif
-    settle_exactly(points, stride, rows, count);
+    settle_by_products(points, stride, rows, count);
   }
 
-  void settle_exactly(
+  void settle_by_differences(
+      const T* points,
+      int64_t stride,
+      const int64_t* rows,
+      int64_t count) {
+    if (count == 0) {
+      return;
+    }
+    NearestOf<T> nearest;
+    find_nearest(
+        task_.num_centers,
+        static_cast<T>(__builtin_inf()),
+        nearest,
+        [&](auto group, int64_t column, int64_t i, auto& block)
+            KDCI_ALWAYS_INLINE {
+              constexpr int width = decltype(group)::value;
+              ahead_.fetch(lines_);
+              start<width>(nullptr, block);
+              accumulate<Term::squared_difference, T, width, num_vectors>(
+                  points + i,
+                  task_.depth,
+                  task_.columns + column * task_.depth,
+                  block,
+                  stride);
+            });
+    set_labels(points, stride, rows, count, first_points(count), nearest.index);
+  }
+
+  void settle_by_products(
       const T* points,
       int64_t stride,
       const int64_t* rows,
@@ -434,32 +469,10 @@ class AssignPass {
       return;
     }
     const int64_t depth = task_.depth;
-    const T worst = static_cast<T>(__builtin_inf());
     NearestOf<T> nearest;
-    if (task_.bias == nullptr) {
-      find_nearest(
-          task_.num_centers,
-          worst,
-          nearest,
-          [&](auto group, int64_t column, int64_t i, auto& block)
-              KDCI_ALWAYS_INLINE {
-                constexpr int width = decltype(group)::value;
-                ahead_.fetch(lines_);
-                start<width>(nullptr, block);
-                accumulate<true, T, width, num_vectors>(
-                    points + i,
-                    depth,
-                    task_.columns + column * depth,
-                    block,
-                    stride);
-              });
-      set_labels(
-          points, stride, rows, count, first_points(count), nearest.index);
-      return;
-    }
     find_nearest(
         task_.num_centers,
-        worst,
+        static_cast<T>(__builtin_inf()),
         nearest,
         [&](auto group,
             int64_t column,
@@ -468,7 +481,7 @@ class AssignPass {
           constexpr int width = decltype(group)::value;
           ahead_.fetch(lines_);
           start<width>(task_.bias + column, block);
-          accumulate<false, T, width, num_vectors>(
+          accumulate<Term::minus_product, T, width, num_vectors>(
               points + i, depth, task_.columns + column * depth, block, stride);
         });
     T squares[tile_points] = {};
@@ -478,14 +491,52 @@ class AssignPass {
         squares[i] += value * value;
       }
     }
+    T slack[tile_points];
+    T certain[tile_points]; // if positive
     for (int64_t i = 0; i < tile_points; ++i) {
       const T error = rounding(squares[i]);
-      squares[i] = slack_between(
-          squares[i], nearest.best[i] + error, nearest.second[i] - error);
+      const T best = nearest.best[i];
+      const T second = nearest.second[i];
+      slack[i] = slack_between(squares[i], best + error, second - error);
+      certain[i] = second - best - 2 * error;
     }
-    set_labels(points, stride, rows, count, first_points(count), nearest.index);
+    pass_on(
+        points,
+        stride,
+        rows,
+        count,
+        not_positive(certain),
+        nearest.index,
+        slack,
+        tied_);
+    if (tied_.count >= tile_points) {
+      settle_by_differences(tied_.points, pitch, tied_.rows, tile_points);
+      drop_tile(tied_);
+    }
+  }
+
+  /// Settles points but for those set in `unsettled`, which are collected.
+  template <typename Index>
+  void pass_on(
+      const T* points,
+      int64_t stride,
+      const int64_t* rows,
+      int64_t count,
+      uint64_t unsettled,
+      const Index* found,
+      const T* slack,
+      Collected<T>& to) {
+    const uint64_t all = first_points(count);
+    set_labels(points, stride, rows, count, all & ~unsettled, found);
     for (int64_t i = 0; i < count; ++i) {
-      task_.slack[rows[i]] = squares[i];
+      task_.slack[rows[i]] = slack[i];
+    }
+    if ((unsettled & all) != 0) {
+      const int64_t before = to.count;
+      append(points, stride, 0, unsettled & all, to);
+      for (int64_t i = before; i < to.count; ++i) {
+        to.rows[i] = rows[to.rows[i]];
+      }
     }
   }
 
@@ -587,22 +638,18 @@ class AssignPass {
       slack[i] = slack_between(squares[i], best + error, second - error);
       certain[i] = second - best - 2 * error;
     }
-    const uint64_t close = not_positive(certain) & first_points(count);
-    set_labels(
-        points, stride, rows, count, first_points(count) & ~close, index);
-    for (int64_t i = 0; i < count; ++i) {
-      task_.slack[rows[i]] = slack[i];
-    }
-    if (close != 0) {
-      const int64_t before = close_.count;
-      append(points, stride, 0, close, close_);
-      for (int64_t i = before; i < close_.count; ++i) {
-        close_.rows[i] = rows[close_.rows[i]];
-      }
-      if (close_.count >= tile_points) {
-        settle_exactly(close_.points, pitch, close_.rows, tile_points);
-        drop_tile(close_);
-      }
+    pass_on(
+        points,
+        stride,
+        rows,
+        count,
+        not_positive(certain),
+        index,
+        slack,
+        close_);
+    if (close_.count >= tile_points) {
+      settle_by_products(close_.points, pitch, close_.rows, tile_points);
+      drop_tile(close_);
     }
   }
 
@@ -627,14 +674,15 @@ class AssignPass {
   Ahead<T> ahead_;
   const int64_t lines_;          // to fetch ahead for each group of columns
   Collected<T> active_;          // have no slack
-  Collected<T> close_;           // have two centres that are nearly as near
+  Collected<T> close_;           // are settled too coarsely by integers
+  Collected<T> tied_;            // and by products
   uint32_t* pairs_ = nullptr;    // [depth / 2, 64]: coordinates 2k and 2k + 1
   int32_t* pair_bias_ = nullptr; // [K]
 };
 
 template <typename T>
 int64_t assign_scratch(int64_t depth, int64_t num_centers) {
-  return depth * (2 * pitch + tile_points) + num_centers;
+  return depth * (3 * pitch + tile_points) + num_centers;
 }
 
 template <typename T>

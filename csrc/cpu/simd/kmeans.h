@@ -21,12 +21,10 @@ struct Assignment {
   int64_t n;
   int64_t depth;
   int64_t num_centers;
-  // Where `bias` is null, the columns are the centres c, squared differences
-  // are compared, and there is no slack. Else the columns are -c and
-  // |c|^2 / 2 - x.c is compared, in half the time but blind to differences
-  // that the rounding of products hides.
-  const T* columns; // packed
-  const T* bias;    // [K]: |c|^2 / 2
+  const T* columns; // packed centres c
+  // |c|^2 / 2 - x.c is compared first, in half the time of squared differences.
+  // Where `bias` is null these are compared at once, and there is no slack.
+  const T* bias; // [K]: |c|^2 / 2
   // Or null: -c * pair_scale rounded to 16-bit integers, packed in pairs of
   // coordinates 2k, 2k + 1; lengths are at most 2^15 then.
   const uint32_t* pairs; // [(depth + 1) / 2, K]

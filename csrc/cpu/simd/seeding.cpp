@@ -30,7 +30,7 @@ void seed_tiles(
       T* left = distances + first * tile_points;
       for (int64_t i = 0; i < tile_points; i += block_points<T>) {
         Block<T, width> block = {};
-        accumulate<true, T, width, num_vectors>(
+        accumulate<Term::squared_difference, T, width, num_vectors>(
             points + i, depth, columns + first * depth, block);
 #pragma GCC unroll 4
         for (int64_t v = 0; v < num_vectors; ++v) {

@@ -19,7 +19,7 @@ void project_tile(
       constexpr int vectors = decltype(size)::value;
       constexpr int width = decltype(group)::value;
       Block<T, width, vectors> block = {};
-      accumulate<false, T, width, vectors>(
+      accumulate<Term::product, T, width, vectors>(
           tile + i, depth, columns + first * depth, block);
       T* target = projected + first * tile_points + i;
 #pragma GCC unroll 6
@@ -65,7 +65,7 @@ void add_products(
           T* target = tile + (first + offset) * tile_points + i;
           prefetch_block<width, vectors>(target);
           Block<T, width, vectors> block = {};
-          accumulate<false, T, width, vectors>(
+          accumulate<Term::product, T, width, vectors>(
               rows + column + i,
               n,
               rows + first + offset,

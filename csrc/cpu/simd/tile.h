@@ -29,9 +29,11 @@ using Mask = decltype(Vec<T>{} > Vec<T>{});
 template <typename T, int columns, int vectors = num_vectors>
 using Block = Vec<T>[columns][vectors];
 
-/// block += columns [depth][width] . points [depth][64], or with `squared`
-/// the squared differences of the two.
-template <bool squared, typename T, int width, int vectors>
+/// What a coordinate of a point and one of a column add to their block.
+enum class Term { product, minus_product, squared_difference };
+
+/// block += these terms of columns [depth][width] and points [depth][64].
+template <Term term, typename T, int width, int vectors>
 KDCI_INLINE void accumulate(
     const T* points,
     int64_t depth,
@@ -50,9 +52,11 @@ KDCI_INLINE void accumulate(
       const Vec<T> column = broadcast(columns[c]);
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        if constexpr (squared) {
+        if constexpr (term == Term::squared_difference) {
           const Vec<T> difference = point[v] - column;
           block[c][v] += difference * difference;
+        } else if constexpr (term == Term::minus_product) {
+          block[c][v] -= point[v] * column;
         } else {
           block[c][v] += point[v] * column;
         }
