@@ -19,6 +19,10 @@ namespace {
 // would count for more than the rounding to 16-bit integers.
 constexpr int64_t coarse_centers = 1 << 14;
 
+// Of the points' sum of squares this much must be left, lest its rounding
+// shows.
+constexpr double enough_left = 1e-3;
+
 } // namespace
 
 template <typename T>
@@ -66,8 +70,7 @@ int64_t Kmeans<T>::iterate(
               kernels.square_sum(tiles_ + tile * depth_ * tile_points, depth_);
         }
       });
-  const double total =
-      std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0);
+  total_ = std::accumulate(tile_sums_, tile_sums_ + num_tiles_, 0.0);
   // No coordinate is larger than the root of its tile's sum of squares, and no
   // sum larger than n times that: it must stay below 2^62.
   const double largest =
@@ -96,14 +99,14 @@ int64_t Kmeans<T>::iterate(
     double between = 0;
     const bool is_relocated = find_means(labels, between);
     const double before = inertia;
-    inertia = total - between;
-    if (is_ahead && inertia > before + inertia_rounding * total) {
+    inertia = total_ - between;
+    if (is_ahead && inertia > before + inertia_rounding * total_) {
       inertia = before;
       is_ahead = false;
       std::copy_n(means_, size, centers_);
     } else {
       is_last |= tolerance > 0 && !is_relocated &&
-          before - inertia <= tolerance * inertia + inertia_rounding * total;
+          before - inertia <= tolerance * inertia + inertia_rounding * total_;
       is_ahead = momentum > 0 && has_moved && iteration > 1 && !is_relocated &&
           !is_last;
       const double ahead = is_ahead ? momentum : 0;
@@ -346,7 +349,19 @@ double Kmeans<T>::own_distances(const int64_t* labels) {
 
 template <typename T>
 double Kmeans<T>::inertia(const int64_t* labels) {
-  return own_distances(labels);
+  // |x|^2 - 2 x.c + |c|^2, summed by cluster.
+  double sum = total_;
+  for (int64_t c = 0; c < num_centers_; ++c) {
+    double product = 0;
+    double square = 0;
+    for (int64_t k = 0; k < depth_; ++k) {
+      const double center = centers_[k * num_centers_ + c];
+      product += sums_[c * depth_ + k] * center;
+      square += center * center;
+    }
+    sum += counts_[c] * square - 2 * product / sum_scale_;
+  }
+  return sum > enough_left * total_ ? sum : own_distances(labels);
 }
 
 template class Kmeans<float>;

@@ -51,7 +51,8 @@ class Kmeans {
       double momentum,
       int64_t* labels);
 
-  /// Sum of the squared distances of the points to their centres.
+  /// Sum of the squared distances of the points to their centres, after
+  /// `iterate`.
   double inertia(const int64_t* labels);
 
   /// Rows in each cluster [K].
@@ -89,6 +90,7 @@ class Kmeans {
   int64_t* sums_;     // [K, depth], times sum_scale_
   int64_t* counts_;   // [K]
   double sum_scale_ = 1;
+  double total_ = 0; // the sum of squares of all points
 
   // What a thread needs for its share of an assignment.
   struct Part {

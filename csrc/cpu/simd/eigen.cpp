@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "eigen.h"
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace kdci::KDCI_SIMD {
@@ -230,43 +231,121 @@ float sum_lanes(Vec<float> values) {
   return sums[0];
 }
 
-/// rows [n, pitch] -= v w^T + w v^T and product = rows^T factors, of `width`
-/// vectors of columns; v, w and factors have an entry for each row.
-template <int width>
-void update_and_multiply(
-    float* rows,
-    int64_t n,
-    int64_t pitch,
-    const float* v,
-    const float* w,
-    const float* factors,
-    const float* column_v,
-    const float* column_w,
-    float* product) {
+/// One step's part in the reduction of a symmetric matrix [n, pitch], of which
+/// only squares of `lanes` rows on and above the diagonal are kept up to date:
+/// A -= v w^T + w v^T, and A x for the updated A. All vectors are [pitch].
+struct Step {
+  float* matrix;
+  int64_t pitch;
+  const float* v;
+  const float* w;
+  const float* x;
+  float* product;  // what columns contribute to A x
+  float* row_sums; // [pitch, lanes]: what rows do, lane by lane
+};
+
+constexpr int block_vectors = vector_bytes == 64 ? 4 : 2;
+
+/// Rows [first, last) of `width` vectors of columns, with the diagonal in one
+/// of these vectors, or right of the rows if it is -1; adds to the columns'
+/// sums.
+template <int diagonal, int width>
+KDCI_INLINE void advance_rows(
+    const Step& step,
+    int64_t first,
+    int64_t last,
+    int64_t column,
+    Vec<float> (&sums)[width]) {
+  constexpr int begin = diagonal < 0 ? 0 : diagonal;
   Vec<float> vj[width];
   Vec<float> wj[width];
-  Vec<float> sums[width] = {};
+  Vec<float> xj[width];
 #pragma GCC unroll 4
-  for (int c = 0; c < width; ++c) {
-    vj[c] = load(column_v + c * lanes<float>);
-    wj[c] = load(column_w + c * lanes<float>);
+  for (int c = begin; c < width; ++c) {
+    vj[c] = load(step.v + column + c * lanes<float>);
+    wj[c] = load(step.w + column + c * lanes<float>);
+    xj[c] = load(step.x + column + c * lanes<float>);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    float* row = rows + i * pitch;
-    const Vec<float> vi = broadcast(v[i]);
-    const Vec<float> wi = broadcast(w[i]);
-    const Vec<float> factor = broadcast(factors[i]);
+  for (int64_t i = first; i < last; ++i) {
+    float* row = step.matrix + i * step.pitch + column;
+    float* row_sum = step.row_sums + i * lanes<float>;
+    const Vec<float> vi = broadcast(step.v[i]);
+    const Vec<float> wi = broadcast(step.w[i]);
+    const Vec<float> xi = broadcast(step.x[i]);
+    Vec<float> sum = diagonal < 0 ? load(row_sum) : Vec<float>{};
 #pragma GCC unroll 4
-    for (int c = 0; c < width; ++c) {
+    for (int c = begin; c < width; ++c) {
       const Vec<float> a =
           load(row + c * lanes<float>) - vi * wj[c] - wi * vj[c];
       store(row + c * lanes<float>, a);
-      sums[c] += factor * a;
+      sums[c] += xi * a;
+      if (c > diagonal) {
+        sum += xj[c] * a;
+      }
     }
+    store(row_sum, sum);
   }
+}
+
+/// The rows whose diagonal lies in vector `diagonal` or after it.
+template <int diagonal, int width>
+KDCI_INLINE void advance_diagonal(
+    const Step& step,
+    int64_t n,
+    int64_t first,
+    int64_t column,
+    Vec<float> (&sums)[width]) {
+  if constexpr (diagonal < width) {
+    const int64_t begin = column + diagonal * lanes<float>;
+    const int64_t end = begin + lanes<float>;
+    advance_rows<diagonal>(
+        step, first > begin ? first : begin, end < n ? end : n, column, sums);
+    advance_diagonal<diagonal + 1>(step, n, first, column, sums);
+  }
+}
+
+template <int width>
+void advance_columns(
+    const Step& step,
+    int64_t n,
+    int64_t first,
+    int64_t column) {
+  Vec<float> sums[width] = {};
+  advance_rows<-1>(step, first, column, column, sums);
+  advance_diagonal<0>(step, n, first, column, sums);
 #pragma GCC unroll 4
   for (int c = 0; c < width; ++c) {
-    store(product + c * lanes<float>, sums[c]);
+    store(step.product + column + c * lanes<float>, sums[c]);
+  }
+}
+
+/// Updates the matrix from row and column `first` on, and multiplies it.
+void advance(const Step& step, int64_t n, int64_t first) {
+  const int64_t begin = first / lanes<float> * lanes<float>;
+  int64_t column = begin;
+  for (; column + block_vectors * lanes<float> <= step.pitch;
+       column += block_vectors * lanes<float>) {
+    advance_columns<block_vectors>(step, n, first, column);
+  }
+  switch ((step.pitch - column) / lanes<float>) {
+    case 3:
+      advance_columns<3>(step, n, first, column);
+      break;
+    case 2:
+      advance_columns<2>(step, n, first, column);
+      break;
+    case 1:
+      advance_columns<1>(step, n, first, column);
+      break;
+  }
+  for (int64_t i = begin; i < step.pitch; i += lanes<float>) {
+    Vec<float> parts[lanes<float>];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < lanes<float>; ++r) {
+      parts[r] = load(step.row_sums + (i + r) * lanes<float>);
+    }
+    sum_rows<lanes<float> / 2, float>(parts);
+    store(step.product + i, load(step.product + i) + parts[0]);
   }
 }
 
@@ -276,13 +355,14 @@ void reduce(
     float* matrix,
     int64_t n,
     float* reflectors,
-    float* other, // [2, pitch]
+    float* work, // [2 + lanes, pitch]
     const Tridiagonal& reduced) {
   const int64_t pitch = eigen_pitch(n);
-  float* w = other;
-  float* product = other + pitch;
-  for (int64_t i = 0; i < pitch; ++i) {
-    w[i] = 0;
+  float* w = work;
+  float* product = work + pitch;
+  float* row_sums = work + 2 * pitch;
+  for (int64_t i = 0; i < (2 + lanes<float>)*pitch; ++i) {
+    work[i] = 0;
   }
   const float* last_v = w; // no update comes before the first step
   for (int64_t k = 0; k < n; ++k) {
@@ -321,43 +401,17 @@ void reduce(
       store(v + j, load(v + j) * scale);
     }
     // The last step's update of the matrix and this one's product with it.
-    const auto advance = [&](auto num, int64_t j) {
-      update_and_multiply<decltype(num)::value>(
-          matrix + (k + 1) * pitch + j,
-          n - k - 1,
-          pitch,
-          last_v + k + 1,
-          w + k + 1,
-          v + k + 1,
-          last_v + j,
-          w + j,
-          product + j);
-    };
-    int64_t j = begin;
-    for (; j + 4 * lanes<float> <= pitch; j += 4 * lanes<float>) {
-      advance(Count<4>(), j);
-    }
-    switch ((pitch - j) / lanes<float>) {
-      case 3:
-        advance(Count<3>(), j);
-        break;
-      case 2:
-        advance(Count<2>(), j);
-        break;
-      case 1:
-        advance(Count<1>(), j);
-        break;
-    }
+    advance({matrix, pitch, last_v, w, v, product, row_sums}, n, k + 1);
     // w = p - (p.v / 2) v; entries at and before k stay zero.
     Vec<float> dots = {};
-    for (j = begin; j < pitch; j += lanes<float>) {
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
       dots += load(product + j) * load(v + j);
     }
     const float half = sum_lanes(dots) / 2;
-    for (j = begin; j < pitch; j += lanes<float>) {
+    for (int64_t j = begin; j < pitch; j += lanes<float>) {
       store(w + j, load(product + j) - half * load(v + j));
     }
-    for (j = begin; j <= k; ++j) {
+    for (int64_t j = begin; j <= k; ++j) {
       w[j] = 0;
     }
     last_v = v;
@@ -599,9 +653,7 @@ struct Reduction {
     rest = work + 2 * n;
     reflectors = reinterpret_cast<float*>(rest);
     rest += (n * pitch + 1) / 2;
-    float* other = reinterpret_cast<float*>(rest);
-    rest += pitch;
-    reduce(matrix, n, reflectors, other, tridiagonal);
+    reduce(matrix, n, reflectors, reinterpret_cast<float*>(rest), tridiagonal);
   }
 
   Tridiagonal tridiagonal;

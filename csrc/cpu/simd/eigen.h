@@ -16,7 +16,7 @@ constexpr int64_t eigen_pitch(int64_t n) {
 }
 
 constexpr int64_t eigen_work(int64_t n) {
-  return (n + 4) * eigen_pitch(n) + 64 * n;
+  return (n + 8) * eigen_pitch(n) + 64 * n;
 }
 
 struct EigenKernels {

@@ -2,6 +2,7 @@
 #include "rows.h"
 
 #include "tile.h"
+#include "transpose.h"
 
 namespace kdci::KDCI_SIMD {
 namespace {
@@ -157,41 +158,6 @@ void center_rows(
     for (int64_t k = 0; k < d; ++k) {
       centered[i * stride + k] = rows[i * d + k] * scale - shift[k];
     }
-  }
-}
-
-template <int... indices>
-struct Indices {};
-
-template <int count, int... tail>
-struct IndicesUpTo : IndicesUpTo<count - 1, count - 1, tail...> {};
-
-template <int... indices>
-struct IndicesUpTo<0, indices...> {
-  using type = Indices<indices...>;
-};
-
-/// Swaps the two off-diagonal quarters of pairs of rows `step` apart.
-template <int step, typename T, int... j>
-KDCI_INLINE void exchange(Vec<T>& upper, Vec<T>& lower, Indices<j...>) {
-  constexpr int width = sizeof...(j);
-  const Vec<T> a = upper;
-  const Vec<T> b = lower;
-  upper = __builtin_shufflevector(a, b, ((j & step) ? width + j - step : j)...);
-  lower = __builtin_shufflevector(a, b, ((j & step) ? width + j : j + step)...);
-}
-
-template <int step, typename T>
-KDCI_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
-  if constexpr (step > 0) {
-    using AllLanes = typename IndicesUpTo<lanes<T>>::type;
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < lanes<T>; ++i) {
-      if ((i & step) == 0) {
-        exchange<step, T>(rows[i], rows[i + step], AllLanes());
-      }
-    }
-    transpose<step / 2, T>(rows);
   }
 }
 

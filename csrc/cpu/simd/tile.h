@@ -11,9 +11,6 @@
 #include "layout.h"
 #include "vec.h"
 
-#define KDCI_ALWAYS_INLINE __attribute__((always_inline))
-#define KDCI_INLINE inline KDCI_ALWAYS_INLINE
-
 namespace kdci::KDCI_SIMD {
 
 // Vectors of points that are in work at once: with 6 columns that is 24 of the

@@ -13,6 +13,9 @@
 #error "compile with -DKDCI_SIMD=baseline|avx2|avx512|avx512vnni"
 #endif
 
+#define KDCI_ALWAYS_INLINE __attribute__((always_inline))
+#define KDCI_INLINE inline KDCI_ALWAYS_INLINE
+
 namespace kdci::KDCI_SIMD {
 
 #if defined(__AVX512F__)
