@@ -84,7 +84,7 @@ def confounder_dictionary(
 
     Up to 256 dimensions (the smaller of n and d) the subspace is exact but for rounding, which may
     cost some ten-thousandths of the variance that the best one captures; beyond, it misses some
-    thousandths, in pure noise hundredths.
+    thousandths, and some hundredths where no direction stands out, as in noise.
     With n >= 2 m rows, m = max(8192, 64 K), k-means++ looks at m of them, one of each equal
     stretch; Lloyd's iterations always use all. With momentum they end after fewer iterations and,
     on average over seeds, with a lower inertia than without.

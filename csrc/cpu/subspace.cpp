@@ -33,6 +33,10 @@ constexpr int64_t thorough_size = 1024;
 
 constexpr double pi = 3.14159265358979323846;
 
+// Columns of the start block that each row of the matrix is added to. One alone
+// would not tell directions along axes apart that fall into the same column.
+constexpr int64_t deals = 4;
+
 constexpr int max_cycles = 12;
 constexpr int max_degree = 16;
 
@@ -217,29 +221,37 @@ bool LeadingSubspace<T>::iterate(T* leading) {
   return false;
 }
 
-/// block = matrix * a matrix of one random sign in each row: a start that is
-/// nearly as good as a product with random numbers, for the price of a sum.
+/// block = matrix * a matrix of few random signs in each row: a start that is
+/// nearly as good as a product with random numbers, for the price of a few
+/// sums.
 template <typename T>
 void LeadingSubspace<T>::sketch() {
-  // The same number of rows for each column, in no order that data may have.
-  std::vector<int64_t> column(size_);
+  // As many rows for each column, in no order that data may have.
+  std::vector<int64_t> columns(size_ * deals);
+  std::vector<uint64_t> signs(size_);
+  for (int64_t deal = 0; deal < deals; ++deal) {
+    int64_t* column = columns.data() + deal;
+    for (int64_t k = 0; k < size_; ++k) {
+      const uint64_t other = scrambled(deal * size_ + k) % (k + 1);
+      column[k * deals] = k % width_;
+      std::swap(column[k * deals], column[other * deals]);
+    }
+  }
   for (int64_t k = 0; k < size_; ++k) {
-    column[k] = k % width_;
-    std::swap(column[k], column[scrambled(k) % (k + 1)]);
+    signs[k] = scrambled(deals * size_ + k);
   }
   // The points that fill up the last tile stay zeros for ever.
   for (const Tiles<T>* block : {&block_, &product_, &rotated_}) {
     std::fill_n(block->data, block->length, T(0));
   }
   for (int64_t tile = 0; tile < matrix_.num_tiles; ++tile) {
-    for (int64_t k = 0; k < size_; ++k) {
-      const T sign = scrambled(size_ + k) & 1 ? 1 : -1;
-      const T* from = matrix_.tile(tile) + k * tile_points;
-      T* to = block_.tile(tile) + column[k] * tile_points;
-      for (int64_t i = 0; i < tile_points; ++i) {
-        to[i] += sign * from[i];
-      }
-    }
+    subspace_kernels<T>().deal_rows(
+        matrix_.tile(tile),
+        size_,
+        columns.data(),
+        signs.data(),
+        deals,
+        block_.tile(tile));
   }
 }
 

@@ -311,7 +311,8 @@ void advance_columns(
     int64_t first,
     int64_t column) {
   Vec<float> sums[width] = {};
-  advance_rows<-1>(step, first, column, column, sums);
+  // Narrow vectors go past the last row, up to the end of the pitch.
+  advance_rows<-1>(step, first, column < n ? column : n, column, sums);
   advance_diagonal<0>(step, n, first, column, sums);
 #pragma GCC unroll 4
   for (int c = 0; c < width; ++c) {
@@ -697,6 +698,10 @@ bool leading_eigenvectors(
       values,
       reinterpret_cast<float*>(scratch));
   const double norm = magnitude(values[0]);
+  const double negligible = 1e-6 * norm;
+  while (num_vectors > 1 && !(values[num_vectors - 1] > negligible)) {
+    --num_vectors;
+  }
   for (int64_t i = 0; i < n * pitch; ++i) {
     vectors[i] = 0;
   }
@@ -718,7 +723,7 @@ bool leading_eigenvectors(
     }
   }
   for (int64_t i = 1; i < num_vectors; ++i) {
-    if (!(values[i - 1] - values[i] > 1e-6 * norm)) {
+    if (!(values[i - 1] - values[i] > negligible)) {
       return false;
     }
   }

@@ -36,8 +36,9 @@ struct EigenKernels {
 
   /// The `num_vectors` leading eigenvectors of a symmetric matrix [n, pitch],
   /// of eigenvalues of about 1 at most, as columns of `vectors` [n, pitch];
-  /// accurate to the rounding of float, relative to the largest.
-  /// False if some eigenvalues are too close to tell their vectors apart.
+  /// accurate to the rounding of float, relative to the largest; zero where the
+  /// eigenvalue is less than 1e-6 of the largest. False if some eigenvalues are
+  /// too close to tell their vectors apart.
   /// `pitch` is eigen_pitch(n), padding is zero, and `matrix` is destroyed;
   /// `work` has room for eigen_work(n) values.
   bool (*leading_eigenvectors)(

@@ -33,6 +33,26 @@ void project_tile(
   });
 }
 
+template <typename T>
+void deal_rows(
+    const T* tile,
+    int64_t depth,
+    const int64_t* columns,
+    const uint64_t* signs,
+    int64_t deals,
+    T* block) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* from = tile + k * tile_points;
+    for (int64_t j = 0; j < deals; ++j) {
+      const T sign = signs[k] >> j & 1 ? 1 : -1;
+      T* to = block + columns[k * deals + j] * tile_points;
+      for (int64_t i = 0; i < tile_points; i += lanes<T>) {
+        store(to + i, load(to + i) + sign * load(from + i));
+      }
+    }
+  }
+}
+
 /// Fetches the block of a tile that sums of products will be added to: from far
 /// away where the matrix is large.
 template <int width, int vectors, typename T>
@@ -445,6 +465,7 @@ void project_pair_tile(
 template <typename T>
 constexpr SubspaceKernels<T> table = {
     project_tile<T>,
+    deal_rows<T>,
     add_products<T>,
     inner_products<T>,
 };

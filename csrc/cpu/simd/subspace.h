@@ -105,6 +105,16 @@ struct SubspaceKernels {
       int64_t q,
       T* projected);
 
+  /// Adds row k of a tile [depth][64] to rows columns[k][0 .. deals) of a block
+  /// [width][64], with a sign: that of bit j of signs[k] for the j-th.
+  void (*deal_rows)(
+      const T* tile,
+      int64_t depth,
+      const int64_t* columns,
+      const uint64_t* signs,
+      int64_t deals,
+      T* block);
+
   /// Rows [first, last) of X^T X for `count` <= 64 of its columns, from
   /// `column` on, as rows of a tile; X [n, d] has rows `stride` apart. They
   /// are added to the tile if it is `accumulated`.
