@@ -27,6 +27,7 @@ def captured(rows: Tensor, components: int) -> float:
 
 @given(feature_rows(), st.integers(1, 64))
 def test_pca_captures_the_leading_variance(features, components):
+    """The subspace keeps as much as the leading eigenvectors of the scatter matrix."""
     n, d = features.shape
     components = min(components, d)
     scale = float(features.abs().max()) or 1.0

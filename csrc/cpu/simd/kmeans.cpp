@@ -385,13 +385,13 @@ class AssignPass {
   void move_point(const T* point, int64_t stride, int64_t old, int64_t label) {
     const int64_t depth = task_.depth;
     int64_t* to = task_.sums + label * depth;
-    int64_t* from = task_.sums + old * depth;
+    int64_t* from = old < 0 ? nullptr : task_.sums + old * depth;
     int64_t k = 0;
     for (; k + lanes<int64_t> <= depth; k += lanes<int64_t>) {
       const Vec<int64_t> values =
           round_values(point + k * stride, stride, task_.sum_scale);
       store(to + k, load(to + k) + values);
-      if (old >= 0) {
+      if (from != nullptr) {
         store(from + k, load(from + k) - values);
       }
     }
@@ -399,7 +399,7 @@ class AssignPass {
       const int64_t value =
           __builtin_llrint(point[k * stride] * task_.sum_scale);
       to[k] += value;
-      if (old >= 0) {
+      if (from != nullptr) {
         from[k] -= value;
       }
     }
