@@ -21,6 +21,9 @@ from kdci_ext.reference import accumulate_dtype
 
 Grads = tuple[Tensor | None, ...]
 
+_REPROJECTED_CLASSES = 32
+"""On the CPU, the queries of so many classes are made again by the backward pass and not kept."""
+
 
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
@@ -69,10 +72,11 @@ def _fake_compensate(
 ) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(logits, prototypes, proportions, w_query, w_key, w_score)
     batch, num_prototypes, hidden = logits.shape[0], prototypes.shape[0], w_query.shape[0]
+    keeps_queries = logits.device.type != "cpu" or logits.shape[1] > _REPROJECTED_CLASSES
     return (
         logits.new_empty(logits.shape),
         logits.new_empty((batch, num_prototypes), dtype=dtype),
-        logits.new_empty((batch, hidden), dtype=dtype),
+        logits.new_empty((batch if keeps_queries else 0, hidden), dtype=dtype),
         logits.new_empty((num_prototypes, hidden), dtype=dtype),
     )
 

@@ -91,51 +91,70 @@ template <typename T>
 Compensation<T>::Compensation(
     const CompensationInputs<T>& inputs,
     Arena& arena,
-    bool grads)
-    : in_(inputs), kernels_(attention_kernels<T>()) {
+    Passes passes)
+    : in_(inputs), kernels_(attention_kernels<T>()), passes_(passes) {
   const int64_t width = kernels_.panel_width;
   keys_.count = in_.prototypes;
   keys_.hidden = in_.hidden;
   keys_.panels = (in_.hidden + width - 1) / width;
-  keys_.padded = keys_.panels * width;
-  keys_.values = arena.take<T>(keys_.count * keys_.padded);
-  keys_.exponentials = arena.take<T>(keys_.count * keys_.padded);
-  keys_.w_score = arena.take<T>(keys_.padded);
+  const int64_t padded = keys_.panels * width;
+  keys_.w_score = arena.take<T>(padded);
+  keys_.inverse_score = arena.take<T>(padded);
   keys_.panel_largest = arena.take<T>(keys_.panels);
   keys_.panel_sum = arena.take<T>(keys_.panels);
-  prior_ = arena.take<T>(in_.prototypes * in_.classes);
-  log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
-  direct_ = arena.take<uint8_t>(in_.batch / attention_block + 1);
-  if (grads) {
-    // The projected keys are packed before there are activations.
-    Arena early(arena);
-    projected_ = early.take<T>(in_.prototypes * in_.hidden);
-    arena.include(early);
-    activations_ = arena.take<T>(in_.batch * keys_.padded);
-    grad_score_ = arena.take<T>(in_.batch * in_.prototypes);
-    row_sums_ = arena.take<T>(in_.batch);
-    grad_w_score_ = arena.take<T>(keys_.padded);
+  keys_.folded = nullptr;
+  if (passes != Passes::backward) {
+    // Once all queries have been attended to, the memory is free for the
+    // gradient of the keys.
+    keys_.folded = arena.take<T>(keys_.count * padded);
+    grad_key_ = keys_.folded;
+    prior_ = arena.take<T>(in_.prototypes * in_.classes);
+    log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
+  }
+  if (passes != Passes::forward) {
+    const int64_t slab = slab_rows();
+    factors_ = arena.take<T>(in_.prototypes);
+    grad_score_ = arena.take<T>(slab * in_.prototypes);
+    row_sums_ = arena.take<T>(slab);
+    if (passes == Passes::backward) {
+      grad_key_ = arena.take<T>(in_.prototypes * in_.hidden);
+      grad_query_ = arena.take<T>(slab * in_.hidden);
+    }
   }
 }
 
 template <typename T>
-void Compensation<T>::prepare(const T* key, T* projected) {
-  const int64_t d = in_.classes;
-  if (projected == nullptr) {
-    projected = projected_;
+int64_t Compensation<T>::slab_rows() const {
+  int64_t slab = sweep_rows;
+  if (passes_ == Passes::backward) {
+    // Memory in proportion to what there is already: the queries that were not
+    // kept, or a matrix of weights.
+    slab = in_.classes <= reprojected_classes
+        ? sweep_rows / 2
+        : in_.hidden * in_.classes / (in_.hidden + in_.prototypes);
+    const int64_t unit = sweep_rows / 4;
+    slab = std::min(std::max(slab / unit * unit, unit), sweep_rows);
   }
+  const int64_t blocks = (in_.batch + attention_block - 1) / attention_block;
+  return std::min(slab, blocks * attention_block);
+}
+
+template <typename T>
+void Compensation<T>::prepare(T* key, bool project) {
+  const int64_t d = in_.classes;
   const int64_t width = kernels_.panel_width;
+  keys_.values = key;
+  kernels_.prepare_score(in_.w_score, keys_);
   torch::stable::parallel_for(
       0,
       keys_.panels,
-      grain_of(in_.prototypes * width * (key == nullptr ? d + 8 : 8)),
+      grain_of(in_.prototypes * width * (project ? d + 8 : 8)),
       [&](int64_t begin, int64_t end) {
-        if (key == nullptr) {
+        if (project) {
           const int64_t first = begin * width;
-          const int64_t units = std::min(end * width, in_.hidden) - first;
           gemm(
               in_.prototypes,
-              units,
+              std::min(end * width, in_.hidden) - first,
               d,
               T(1),
               in_.z,
@@ -144,33 +163,31 @@ void Compensation<T>::prepare(const T* key, T* projected) {
               in_.w_key + first * d,
               1,
               d,
-              projected + first,
+              key + first,
               in_.hidden,
               false);
         }
-        kernels_.pack_keys(key == nullptr ? projected : key, keys_, begin, end);
+        kernels_.pack_keys(keys_, begin, end);
         // The prototypes are shared out along with the panels.
         const int64_t last = end * in_.prototypes / keys_.panels;
         for (int64_t i = begin * in_.prototypes / keys_.panels; i < last; ++i) {
-          const T factor =
-              in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
-          for (int64_t c = 0; c < d; ++c) {
-            prior_[i * d + c] = factor * in_.z[i * d + c];
+          const T by = factor(i);
+          if (factors_ != nullptr) {
+            factors_[i] = by;
+          }
+          for (int64_t c = 0; c < d && prior_ != nullptr; ++c) {
+            prior_[i * d + c] = by * in_.z[i * d + c];
+          }
+          if (log_proportions_ != nullptr) {
+            log_proportions_[i] = std::log(in_.proportions[i]);
           }
         }
       });
-  kernels_.finish_keys(in_.w_score, keys_);
-  for (int64_t i = 0; i < in_.prototypes && in_.posterior; ++i) {
-    log_proportions_[i] = std::log(in_.proportions[i]);
-  }
+  kernels_.finish_keys(keys_);
 }
 
 template <typename T>
-void Compensation<T>::project_queries(
-    int64_t first,
-    int64_t rows,
-    T* query,
-    int64_t stride) {
+void Compensation<T>::project_queries(int64_t first, int64_t rows, T* query) {
   const int64_t d = in_.classes;
   gemm(
       rows,
@@ -183,8 +200,8 @@ void Compensation<T>::project_queries(
       in_.w_query,
       1,
       d,
-      query + first * stride,
-      stride,
+      query + first * in_.hidden,
+      in_.hidden,
       false);
 }
 
@@ -193,18 +210,13 @@ void Compensation<T>::attend(
     int64_t first,
     int64_t rows,
     const T* query,
-    int64_t stride,
-    bool keep,
     T* weights) {
   for (int64_t b = first; b < first + rows; b += attention_block) {
     kernels_.attend(
         keys_,
         std::min(attention_block, first + rows - b),
-        query + b * stride,
-        stride,
+        query + b * in_.hidden,
         log_proportions_,
-        keep ? activations_ + b * keys_.padded : nullptr,
-        direct_ + b / attention_block,
         weights + b * in_.prototypes);
   }
 }
@@ -238,172 +250,124 @@ void Compensation<T>::compensate(
 }
 
 template <typename T>
-void Compensation<T>::activate(int64_t first, int64_t rows, const T* query) {
-  for (int64_t b = first; b < first + rows; b += attention_block) {
-    kernels_.activate(
-        keys_,
-        std::min(attention_block, first + rows - b),
-        query + b * in_.hidden,
-        in_.hidden,
-        activations_ + b * keys_.padded,
-        direct_ + b / attention_block);
-  }
-}
-
-template <typename T>
-void Compensation<T>::grad_scores(
-    int64_t first,
-    int64_t rows,
+void Compensation<T>::backward(
+    const T* grad_compensated,
     const T* weights,
-    const T* grad_compensated) {
-  const int64_t d = in_.classes;
-  T* grad = grad_score_ + first * in_.prototypes;
-  gemm(
-      rows,
-      in_.prototypes,
-      d,
-      T(1),
-      grad_compensated + first * d,
-      d,
-      1,
-      prior_,
-      1,
-      d,
-      grad,
-      in_.prototypes,
-      false);
-  kernels_.grad_scores(
-      rows,
-      in_.prototypes,
-      weights + first * in_.prototypes,
-      grad,
-      grad,
-      row_sums_ + first);
-}
-
-template <typename T>
-void Compensation<T>::grad_dictionary(
-    const T* weights,
+    T* query,
     CompensationGrads& grads) {
   const int64_t d = in_.classes;
+  const int64_t hidden = in_.hidden;
   const int64_t count = in_.prototypes;
-  T* grad_z = data<T>(grads.prototypes);
-  T* grad_proportions = data<T>(grads.proportions);
-  const int64_t terms = d * (in_.batch + in_.hidden);
-  torch::stable::parallel_for(
-      0, count, grain_of(terms), [&](int64_t begin, int64_t end) {
-        // The gradient of the averaged rows: weights^T grad_compensated.
-        gemm(
-            end - begin,
-            d,
-            in_.batch,
-            T(1),
-            weights + begin,
-            1,
-            count,
-            const_data<T>(grads.logits),
-            d,
-            1,
-            grad_z + begin * d,
-            d,
-            false);
-        for (int64_t i = begin; i < end; ++i) {
-          double sum = 0;
-          if (!in_.posterior) {
-            for (int64_t c = 0; c < d; ++c) {
-              sum += static_cast<double>(grad_z[i * d + c]) * in_.z[i * d + c];
-            }
-            grad_proportions[i] = static_cast<T>(in_.scale * sum);
-          } else {
-            for (int64_t b = 0; b < in_.batch; ++b) {
-              sum += grad_score_[b * count + i];
-            }
-            // log P of an absent prototype is a constant, -inf.
-            grad_proportions[i] = in_.proportions[i] > 0
-                ? static_cast<T>(sum / in_.proportions[i])
-                : 0;
-          }
-          const T factor =
-              in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
-          for (int64_t c = 0; c < d; ++c) {
-            grad_z[i * d + c] *= factor;
-          }
-        }
-        gemm(
-            end - begin,
-            d,
-            in_.hidden,
-            T(1),
-            grad_key_ + begin * keys_.padded,
-            keys_.padded,
-            1,
-            in_.w_key,
-            d,
-            1,
-            grad_z + begin * d,
-            d,
-            true);
-      });
-}
-
-template <typename T>
-void Compensation<T>::backward(const T* weights, CompensationGrads& grads) {
-  const int64_t d = in_.classes;
-  // The gradient of the keys takes the place of what no block of queries reads;
-  // only where some are direct and some are not it needs memory of its own.
-  const int64_t blocks = (in_.batch + attention_block - 1) / attention_block;
-  const int64_t direct = std::count(direct_, direct_ + blocks, uint8_t(1));
-  Tensor memory;
-  if (direct == 0) {
-    grad_key_ = keys_.values;
-  } else if (direct == blocks) {
-    grad_key_ = keys_.exponentials;
-  } else {
-    memory =
-        empty_cpu({keys_.count * keys_.padded}, grads.logits.scalar_type());
-    grad_key_ = data<T>(memory);
-  }
   const int64_t width = kernels_.panel_width;
-  const int64_t terms = width * in_.batch * (in_.prototypes + d);
-  torch::stable::parallel_for(
-      0, keys_.panels, grain_of(terms), [&](int64_t begin, int64_t end) {
-        kernels_.sweep(
-            keys_,
-            begin,
-            end,
-            in_.batch,
-            activations_,
-            direct_,
-            grad_score_,
-            row_sums_,
-            grad_key_,
-            grad_w_score_);
-        const int64_t first = begin * width;
-        const int64_t units = std::min(end * width, in_.hidden) - first;
+  const int64_t slab = slab_rows();
+  T* grad_logits = data<T>(grads.logits);
+  // Once at least, so that the sums of an empty batch are set.
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + slab, in_.batch);
+    // Pointers to where the whole batch would begin.
+    T* grad_query = passes_ == Passes::both ? query
+                                            : grad_query_ - begin * hidden;
+    const T* slab_query = query == nullptr ? grad_query : query;
+    T* grad_score = grad_score_ - begin * count;
+    for_rows(begin, end, [&](int64_t first, int64_t rows) {
+      if (grad_compensated != grad_logits) {
         std::copy_n(
-            grad_w_score_ + first, units, data<T>(grads.w_score) + first);
+            grad_compensated + first * d, rows * d, grad_logits + first * d);
+      }
+      if (query == nullptr) {
+        project_queries(first, rows, grad_query);
+      }
+      gemm(
+          rows,
+          count,
+          d,
+          T(1),
+          grad_logits + first * d,
+          d,
+          1,
+          in_.z,
+          1,
+          d,
+          grad_score + first * count,
+          count,
+          false);
+      kernels_.grad_scores(
+          rows,
+          count,
+          factors_,
+          weights + first * count,
+          grad_score + first * count,
+          row_sums_ + (first - begin));
+    });
+    if (grads.dictionary) {
+      add_dictionary_grads(begin, end - begin, weights, grads);
+    }
+    torch::stable::parallel_for(
+        0,
+        keys_.panels,
+        grain_of(width * (end - begin) * (count + d)),
+        [&](int64_t first_panel, int64_t last_panel) {
+          kernels_.sweep(
+              keys_,
+              first_panel,
+              last_panel,
+              end - begin,
+              slab_query + begin * hidden,
+              grad_score_,
+              row_sums_,
+              begin > 0,
+              grad_query + begin * hidden,
+              grad_key_,
+              data<T>(grads.w_score));
+          const int64_t first = first_panel * width;
+          gemm(
+              std::min(last_panel * width, hidden) - first,
+              d,
+              end - begin,
+              T(1),
+              grad_query + begin * hidden + first,
+              1,
+              hidden,
+              in_.logits + begin * d,
+              d,
+              1,
+              data<T>(grads.w_query) + first * d,
+              d,
+              begin > 0);
+        });
+    for_rows(begin, end, [&](int64_t first, int64_t rows) {
+      gemm(
+          rows,
+          d,
+          hidden,
+          T(1),
+          grad_query + first * hidden,
+          hidden,
+          1,
+          in_.w_query,
+          d,
+          1,
+          grad_logits + first * d,
+          d,
+          true);
+    });
+    begin += slab;
+  } while (begin < in_.batch);
+  torch::stable::parallel_for(
+      0,
+      keys_.panels,
+      grain_of(width * count * d),
+      [&](int64_t first_panel, int64_t last_panel) {
+        const int64_t first = first_panel * width;
         gemm(
-            units,
+            std::min(last_panel * width, hidden) - first,
             d,
-            in_.batch,
-            T(1),
-            activations_ + first,
-            1,
-            keys_.padded,
-            in_.logits,
-            d,
-            1,
-            data<T>(grads.w_query) + first * d,
-            d,
-            false);
-        gemm(
-            units,
-            d,
-            in_.prototypes,
+            count,
             T(1),
             grad_key_ + first,
             1,
-            keys_.padded,
+            hidden,
             in_.z,
             d,
             1,
@@ -412,24 +376,88 @@ void Compensation<T>::backward(const T* weights, CompensationGrads& grads) {
             false);
       });
   if (grads.dictionary) {
-    grad_dictionary(weights, grads);
+    finish_dictionary_grads(grads);
   }
-  for_rows([&](int64_t first, int64_t rows) {
-    gemm(
-        rows,
-        d,
-        in_.hidden,
-        T(1),
-        activations_ + first * keys_.padded,
-        keys_.padded,
-        1,
-        in_.w_query,
-        d,
-        1,
-        data<T>(grads.logits) + first * d,
-        d,
-        true);
-  });
+}
+
+template <typename T>
+void Compensation<T>::add_dictionary_grads(
+    int64_t first,
+    int64_t rows,
+    const T* weights,
+    CompensationGrads& grads) {
+  const int64_t d = in_.classes;
+  const int64_t count = in_.prototypes;
+  torch::stable::parallel_for(
+      0, count, grain_of(rows * d), [&](int64_t begin, int64_t end) {
+        // The gradient of the averaged rows: weights^T grad_compensated.
+        gemm(
+            end - begin,
+            d,
+            rows,
+            T(1),
+            weights + first * count + begin,
+            1,
+            count,
+            const_data<T>(grads.logits) + first * d,
+            d,
+            1,
+            data<T>(grads.prototypes) + begin * d,
+            d,
+            first > 0);
+        T* score_sums = data<T>(grads.proportions);
+        for (int64_t i = begin; i < end && in_.posterior; ++i) {
+          double sum = first > 0 ? score_sums[i] : 0;
+          for (int64_t b = 0; b < rows; ++b) {
+            sum += grad_score_[b * count + i];
+          }
+          score_sums[i] = static_cast<T>(sum);
+        }
+      });
+}
+
+template <typename T>
+void Compensation<T>::finish_dictionary_grads(CompensationGrads& grads) {
+  const int64_t d = in_.classes;
+  T* grad_z = data<T>(grads.prototypes);
+  T* grad_proportions = data<T>(grads.proportions);
+  torch::stable::parallel_for(
+      0,
+      in_.prototypes,
+      grain_of(d * in_.hidden),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (!in_.posterior) {
+            double sum = 0;
+            for (int64_t c = 0; c < d; ++c) {
+              sum += static_cast<double>(grad_z[i * d + c]) * in_.z[i * d + c];
+            }
+            grad_proportions[i] = static_cast<T>(in_.scale * sum);
+          } else {
+            // log P of an absent prototype is a constant, -inf.
+            grad_proportions[i] = in_.proportions[i] > 0
+                ? grad_proportions[i] / in_.proportions[i]
+                : 0;
+          }
+          for (int64_t c = 0; c < d; ++c) {
+            grad_z[i * d + c] *= factor(i);
+          }
+        }
+        gemm(
+            end - begin,
+            d,
+            in_.hidden,
+            T(1),
+            grad_key_ + begin * in_.hidden,
+            in_.hidden,
+            1,
+            in_.w_key,
+            d,
+            1,
+            grad_z + begin * d,
+            d,
+            true);
+      });
 }
 
 template struct CompensationInputs<float>;
@@ -455,21 +483,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
   const int64_t hidden = w_score.size(0);
   const Tensor compensated = torch::stable::empty_like(tensors.logits);
   const Tensor weights = empty_cpu({batch, count}, tensors.dtype);
-  const Tensor query = empty_cpu({batch, hidden}, tensors.dtype);
+  const int64_t kept =
+      tensors.logits.size(1) > reprojected_classes ? batch : 0;
+  const Tensor query = empty_cpu({kept, hidden}, tensors.dtype);
   const Tensor key = empty_cpu({count, hidden}, tensors.dtype);
   dispatch_compute_type(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const CompensationInputs<T> inputs(tensors, posterior, scale);
+    T* queries = nullptr;
+    const auto take = [&](Arena& arena) {
+      queries = kept > 0 ? data<T>(query) : arena.take<T>(batch * hidden);
+      return Compensation<T>(inputs, arena, Passes::forward);
+    };
     Arena needed;
-    Compensation<T>(inputs, needed, false);
+    take(needed);
     const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
-    Compensation<T> steps(inputs, arena, false);
-    steps.prepare(nullptr, data<T>(key));
-    steps.for_rows([&](int64_t first, int64_t rows) {
-      steps.project_queries(first, rows, data<T>(query), hidden);
-      steps.attend(
-          first, rows, data<T>(query), hidden, false, data<T>(weights));
+    Compensation<T> steps = take(arena);
+    steps.prepare(data<T>(key), true);
+    steps.for_rows(0, batch, [&](int64_t first, int64_t rows) {
+      steps.project_queries(first, rows, queries);
+      steps.attend(first, rows, queries, data<T>(weights));
       steps.compensate(first, rows, data<T>(weights), data<T>(compensated));
     });
   });
@@ -495,6 +529,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
   const int64_t batch = logits.size(0);
   const int64_t count = prototypes.size(0);
   const int64_t hidden = w_score.size(0);
+  const int64_t kept = logits.size(1) > reprojected_classes ? batch : 0;
   STD_TORCH_CHECK(
       grad.dim() == 2 && grad.size(0) == batch &&
           grad.size(1) == logits.size(1),
@@ -502,7 +537,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
   STD_TORCH_CHECK(
       weights.dim() == 2 && weights.size(0) == batch &&
           weights.size(1) == count && query.dim() == 2 &&
-          query.size(0) == batch && query.size(1) == hidden && key.dim() == 2 &&
+          query.size(0) == kept && query.size(1) == hidden && key.dim() == 2 &&
           key.size(0) == count && key.size(1) == hidden,
       "weights, query and key must be as compensate returned them");
   const Tensor saved_weights = as_contiguous(weights, tensors.dtype);
@@ -514,20 +549,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     using T = decltype(zero);
     const CompensationInputs<T> inputs(tensors, posterior, scale);
     Arena needed;
-    Compensation<T>(inputs, needed, true);
+    Compensation<T>(inputs, needed, Passes::backward);
     const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
-    Compensation<T> steps(inputs, arena, true);
-    const T* grad_data = const_data<T>(grad_compensated);
-    steps.prepare(const_data<T>(saved_key), nullptr);
-    steps.for_rows([&](int64_t first, int64_t rows) {
-      const int64_t d = inputs.classes;
-      std::copy_n(
-          grad_data + first * d, rows * d, data<T>(grads.logits) + first * d);
-      steps.activate(first, rows, const_data<T>(saved_query));
-      steps.grad_scores(first, rows, const_data<T>(saved_weights), grad_data);
-    });
-    steps.backward(const_data<T>(saved_weights), grads);
+    Compensation<T> steps(inputs, arena, Passes::backward);
+    steps.prepare(data<T>(saved_key), false);
+    steps.backward(
+        const_data<T>(grad_compensated),
+        const_data<T>(saved_weights),
+        kept > 0 ? data<T>(saved_query) : nullptr,
+        grads);
   });
   return {
       as_type_of(logits, grads.logits),

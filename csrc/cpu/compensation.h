@@ -69,35 +69,35 @@ struct CompensationGrads {
   bool dictionary;
 };
 
+/// Inputs of up to this many classes are projected again by the backward pass,
+/// which takes less memory than keeping the queries and hardly more time.
+constexpr int64_t reprojected_classes = 32;
+
+/// What a Compensation is to be used for; `both` has the backward pass replace
+/// the queries by their gradients.
+enum class Passes { forward, backward, both };
+
 /// All pointers are to the whole batch; first and rows say which part of it a
 /// call is about, and first is a multiple of attention_block.
 template <typename T>
 class Compensation {
  public:
-  /// Takes its buffers from `arena`; those of the backward pass on request.
-  Compensation(const CompensationInputs<T>& inputs, Arena& arena, bool grads);
+  /// Takes its buffers from `arena`.
+  Compensation(const CompensationInputs<T>& inputs, Arena& arena, Passes passes);
 
-  /// Calls step(first, rows) on slices of the batch.
+  /// Calls step(first, rows) on slices of rows [begin, end).
   template <typename Step>
-  void for_rows(const Step& step) const;
+  void for_rows(int64_t begin, int64_t end, const Step& step) const;
 
-  /// Prepares the attention over key [K, H], or, if that is null, over the keys
-  /// z w_key^T, which go to projected [K, H]. That may be null too if `grads`
-  /// was given.
-  void prepare(const T* key, T* projected);
+  /// Prepares the attention over key [K, H], which is to stay. With `project`
+  /// it is set to z w_key^T first.
+  void prepare(T* key, bool project);
 
-  /// query [B, stride] = logits w_query^T.
-  void project_queries(int64_t first, int64_t rows, T* query, int64_t stride);
+  /// query [B, H] = logits w_query^T.
+  void project_queries(int64_t first, int64_t rows, T* query);
 
-  /// weights [B, K]; with `keep`, activations() as well, which may be the
-  /// queries.
-  void attend(
-      int64_t first,
-      int64_t rows,
-      const T* query,
-      int64_t stride,
-      bool keep,
-      T* weights);
+  /// weights [B, K]
+  void attend(int64_t first, int64_t rows, const T* query, T* weights);
 
   /// compensated [B, d] = logits + F.
   void compensate(
@@ -106,43 +106,43 @@ class Compensation {
       const T* weights,
       T* compensated);
 
-  /// activations() from query [B, H].
-  void activate(int64_t first, int64_t rows, const T* query);
+  /// The gradients from that of the compensated logits [B, d], which may be in
+  /// grads.logits. The queries [B, H] are projected again if null; with
+  /// Passes::both they are overwritten.
+  void backward(
+      const T* grad_compensated,
+      const T* weights,
+      T* query,
+      CompensationGrads& grads);
 
-  /// The gradient of the scores from that of the compensated logits [B, d].
-  void grad_scores(
+ private:
+  /// Rows of the batch that the backward pass takes at a time.
+  int64_t slab_rows() const;
+
+  /// Adds what a slab contributes to the gradients of the dictionary.
+  void add_dictionary_grads(
       int64_t first,
       int64_t rows,
       const T* weights,
-      const T* grad_compensated);
+      CompensationGrads& grads);
+  void finish_dictionary_grads(CompensationGrads& grads);
 
-  /// The rest of the backward pass, from activations() and the gradient of the
-  /// scores. grads.logits holds the gradient of the compensated logits.
-  void backward(const T* weights, CompensationGrads& grads);
-
-  /// [B, activation_stride()]
-  T* activations() {
-    return activations_;
+  /// The factor of prototype i in what the weights average.
+  T factor(int64_t i) const {
+    return in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
   }
-  int64_t activation_stride() const {
-    return keys_.padded;
-  }
-
- private:
-  void grad_dictionary(const T* weights, CompensationGrads& grads);
 
   CompensationInputs<T> in_;
   const AttentionKernels<T>& kernels_;
+  Passes passes_;
   AttentionKeys<T> keys_;
-  T* prior_;                  // [K, d], what the weights average
-  T* log_proportions_;        // [K], null for the paper's weighting
-  uint8_t* direct_;           // [blocks]
-  T* projected_ = nullptr;    // [K, H], in the memory of what follows
-  T* activations_ = nullptr;  // [B, padded]
-  T* grad_score_ = nullptr;   // [B, K]
-  T* row_sums_ = nullptr;     // [B]
-  T* grad_key_ = nullptr;     // [K, padded]
-  T* grad_w_score_ = nullptr; // [padded]
+  T* prior_ = nullptr;           // [K, d], what the weights average
+  T* log_proportions_ = nullptr; // [K], null for the paper's weighting
+  T* factors_ = nullptr;         // [K]
+  T* grad_key_ = nullptr;        // [K, H]
+  T* grad_query_ = nullptr;      // [slab, H]
+  T* grad_score_ = nullptr;      // [slab, K]
+  T* row_sums_ = nullptr;        // [slab]
 };
 
 template <typename T>
@@ -180,15 +180,16 @@ inline int64_t grain_of(int64_t terms) {
 
 template <typename T>
 template <typename Step>
-void Compensation<T>::for_rows(const Step& step) const {
-  const int64_t blocks = (in_.batch + attention_block - 1) / attention_block;
+void Compensation<T>::for_rows(int64_t begin, int64_t end, const Step& step)
+    const {
+  const int64_t blocks = (end - begin + attention_block - 1) / attention_block;
   const int64_t terms =
       attention_block * in_.hidden * (in_.prototypes + in_.classes);
   torch::stable::parallel_for(
-      0, blocks, grain_of(terms), [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * attention_block;
-        const int64_t last = end * attention_block;
-        step(first, (last < in_.batch ? last : in_.batch) - first);
+      0, blocks, grain_of(terms), [&](int64_t first_block, int64_t last_block) {
+        const int64_t first = begin + first_block * attention_block;
+        const int64_t last = begin + last_block * attention_block;
+        step(first, (last < end ? last : end) - first);
       });
 }
 

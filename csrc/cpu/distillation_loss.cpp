@@ -16,9 +16,13 @@ template <typename T>
 struct LossBuffers {
   LossBuffers(Arena& arena, const CompensationInputs<T>& inputs)
       : weights(arena.take<T>(inputs.batch * inputs.prototypes)),
+        query(arena.take<T>(inputs.batch * inputs.hidden)),
+        key(arena.take<T>(inputs.prototypes * inputs.hidden)),
         block_losses(arena.take<double>(inputs.batch / attention_block + 1)) {}
 
   T* weights;           // [B, K]
+  T* query;             // [B, H]
+  T* key;               // [K, H]
   double* block_losses; // [blocks]
 };
 
@@ -31,25 +35,23 @@ void compute_loss(
     T* compensated, // [B, d], becomes the gradient
     T* loss,
     CompensationGrads* grads) {
-  // The queries live where the backward pass wants the activations.
+  const Passes passes = need_grad ? Passes::both : Passes::forward;
   Arena needed;
-  Compensation<T>(inputs, needed, true);
+  Compensation<T>(inputs, needed, passes);
   LossBuffers<T>(needed, inputs);
   const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
   Arena arena(memory.mutable_data_ptr());
-  Compensation<T> steps(inputs, arena, true);
+  Compensation<T> steps(inputs, arena, passes);
   LossBuffers<T> buffers(arena, inputs);
 
   const int64_t d = inputs.classes;
   const T inverse_temperature = static_cast<T>(1 / temperature);
   const T grad_factor =
       need_grad ? static_cast<T>(temperature / inputs.batch) : T(0);
-  steps.prepare(nullptr, nullptr);
-  steps.for_rows([&](int64_t first, int64_t rows) {
-    T* query = steps.activations();
-    const int64_t stride = steps.activation_stride();
-    steps.project_queries(first, rows, query, stride);
-    steps.attend(first, rows, query, stride, true, buffers.weights);
+  steps.prepare(buffers.key, true);
+  steps.for_rows(0, inputs.batch, [&](int64_t first, int64_t rows) {
+    steps.project_queries(first, rows, buffers.query);
+    steps.attend(first, rows, buffers.query, buffers.weights);
     steps.compensate(first, rows, buffers.weights, compensated);
     for (int64_t b = first; b < first + rows; b += attention_block) {
       buffers.block_losses[b / attention_block] =
@@ -61,9 +63,6 @@ void compute_loss(
               inverse_temperature,
               grad_factor);
     }
-    if (need_grad) {
-      steps.grad_scores(first, rows, buffers.weights, compensated);
-    }
   });
   double sum = 0;
   for (int64_t b = 0; b < inputs.batch; b += attention_block) {
@@ -71,7 +70,7 @@ void compute_loss(
   }
   *loss = static_cast<T>(temperature * temperature / inputs.batch * sum);
   if (need_grad) {
-    steps.backward(buffers.weights, *grads);
+    steps.backward(compensated, buffers.weights, buffers.query, *grads);
   }
 }
 

@@ -138,6 +138,30 @@ inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
   }
 }
 
+// The sums of as many vectors as one has lanes, in the first of them.
+template <typename T, int size = int(lanes<T>)>
+inline void merge_sums(Vec<T>* values) {
+  if constexpr (size > 1) {
+    for (int k = 0; k < size / 2; ++k) {
+      values[k] = add_halves<size, T>(values[2 * k], values[2 * k + 1]);
+    }
+    merge_sums<T, size / 2>(values);
+  }
+}
+
+// The sums of `count` vectors.
+template <int count, typename T>
+inline void sum_lanes_of(Vec<T>* values, T* sums) {
+  if constexpr (count == lanes<T>) {
+    merge_sums<T>(values);
+    store(sums, values[0]);
+  } else {
+    for (int k = 0; k < count; k += 4) {
+      sum_lanes_of_four<T>(values + k, sums + k);
+    }
+  }
+}
+
 // The largest lane of each half, again and again; NaN lanes may be passed over.
 template <int size, typename T, int... lane>
 inline Vec<T> halves_maximum(
@@ -271,27 +295,76 @@ inline Vec<T> hyperbolic_tangent(Vec<T> x) {
 template <typename T>
 constexpr int64_t panel_width = 2 * lanes<T>;
 
-// 1 / (1 + x), x = e^2a e^2b, is handled as scale / (scale + scale * x), which
-// keeps products of two denominators within float32's range for |a|, |b| <=
-// largest_exponent; e^2query is stored with the factor.
-constexpr float denominator_scale = 0x1p-62f;
-constexpr float largest_exponent = 21.5f;
-// The factored form is used where mean |query| + mean |key| is at least this
-// and |w_score| / largest_score_norm. Its errors in tanh are absolute, and so
-// relative to tanh large where that is small; they show in the softmax where
-// w_score is large. Beyond these bounds the error was seen to exceed that of
-// computing tanh.
+// tanh is computed directly where mean |query| + mean |key| is less than this or
+// |w_score| / largest_score_norm: the errors of 1 - 2 / (1 + e^2a e^2b) are
+// absolute, and so relative to tanh large where that is small; they show in the
+// softmax where w_score is large. Below the bounds the error was seen to exceed
+// that of computing tanh.
 constexpr float smallest_mean = 0.25f;
 constexpr float largest_score_norm = 8;
 
+// attend() divides the terms w / (1 + e^2a e^2b) of two hidden units at a time,
+// as 1 / c0 + 1 / c1 = (c0 + c1) / (c0 c1) with c = score_unit / w * (1 + e^2a
+// e^2b), in which e^2b comes multiplied by score_unit / w. |w| is 2 at most
+// (see score_scale), so that products of two c are normal numbers; smaller ones
+// than smallest_score by the number of hidden units count as that.
+constexpr float score_unit = 0x1p-62f;
+constexpr float smallest_score = 0x1p-27f;
+constexpr float largest_product_exponent = 124.5f; // of the root of c0 c1
+// sweep() needs e^2a e^2b itself, or the product of two.
+constexpr float largest_sum = 43;
+constexpr float log2_of_e_squared = 2.8853900818f;
+
 template <typename T>
-void pack_keys(
-    const T* key,
-    AttentionKeys<T>& keys,
-    int64_t begin,
-    int64_t end) {
+constexpr bool has_factored_form = sizeof(T) == 4;
+
+template <typename T>
+void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
+  T largest = 0;
+  double squares = 0;
+  bool finite = true;
+  for (int64_t h = 0; h < keys.hidden; ++h) {
+    const T size = w_score[h] < 0 ? -w_score[h] : w_score[h];
+    largest = size > largest ? size : largest;
+    squares += static_cast<double>(size) * size;
+    finite &= size <= (sizeof(T) == 4 ? __FLT_MAX__ : __DBL_MAX__);
+  }
+  const double norm = __builtin_sqrt(squares);
+  keys.smallest_mean = static_cast<T>(
+      norm > smallest_mean * largest_score_norm ? norm / largest_score_norm
+                                                : smallest_mean);
+  // Within what both the power and its inverse can be.
+  int exponent = 0;
+  if (largest > 0 && finite) {
+    const int limit = ExpConstants<T>::exponent_bias - 1;
+    exponent = __builtin_ilogb(largest);
+    exponent = exponent < -limit ? -limit : exponent;
+    exponent = exponent > limit ? limit : exponent;
+  }
+  keys.score_scale = static_cast<T>(__builtin_ldexp(1.0, exponent));
+  const T inverse = 1 / keys.score_scale;
+  const T least = static_cast<T>(smallest_score) / static_cast<T>(keys.hidden);
+  T smallest = 1;
+  const int64_t padded = keys.panels * panel_width<T>;
+  for (int64_t h = 0; h < padded; ++h) {
+    const T w = h < keys.hidden ? w_score[h] * inverse : 0;
+    keys.w_score[h] = w;
+    const T size = w < 0 ? -w : w;
+    const T counted = size < least ? least : size;
+    smallest = counted < smallest ? counted : smallest;
+    const T unit = static_cast<T>(score_unit) / counted;
+    keys.inverse_score[h] = w < 0 ? -unit : unit;
+  }
+  keys.fold_range = finite
+      ? (largest_product_exponent + __builtin_log2f(smallest)) /
+          log2_of_e_squared
+      : 0;
+}
+
+template <typename T>
+void pack_keys(AttentionKeys<T>& keys, int64_t begin, int64_t end) {
   constexpr int64_t width = panel_width<T>;
-  const Vec<T> bound = broadcast(static_cast<T>(largest_exponent));
+  const Vec<T> bound = broadcast(static_cast<T>(largest_sum));
   for (int64_t panel = begin; panel < end; ++panel) {
     Vec<T> largest = {};
     T sum = 0;
@@ -302,16 +375,18 @@ void pack_keys(
         const int64_t left = keys.hidden - unit;
         const Vec<T> value = left <= 0
             ? Vec<T>{}
-            : load_up_to(key + i * keys.hidden + unit, left, T(0));
-        const int64_t at = (panel * keys.count + i) * width + part;
-        store(keys.values + at, value);
+            : load_up_to(keys.values + i * keys.hidden + unit, left, T(0));
         const Vec<T> size = absolute<T>(value);
         largest = maximum<T>(size, largest);
         row_sum += size;
-        if constexpr (sizeof(T) == 4) {
-          // Beyond the bound the exponentials are not used.
-          const Vec<T> safe = size > bound ? Vec<T>{} : value;
-          store(keys.exponentials + at, exponential<T>(safe + safe));
+        if constexpr (has_factored_form<T>) {
+          if (keys.folded != nullptr) {
+            // Beyond the bound they are not used.
+            const Vec<T> safe = size > bound ? Vec<T>{} : value;
+            store(
+                keys.folded + (panel * keys.count + i) * width + part,
+                exponential<T>(safe + safe) * load(keys.inverse_score + unit));
+          }
         }
       }
       sum += sum_lanes<T>(row_sum);
@@ -321,126 +396,146 @@ void pack_keys(
   }
 }
 
+// The largest |query| for which |query| + |key| is within `range`; 0 where tanh
+// of query + key is not yet 1 at larger ones.
 template <typename T>
-void finish_keys(const T* w_score, AttentionKeys<T>& keys) {
-  keys.largest = 0;
-  T sum = 0;
-  for (int64_t panel = 0; panel < keys.panels; ++panel) {
-    const T largest = keys.panel_largest[panel];
-    keys.largest = largest > keys.largest ? largest : keys.largest;
-    sum += keys.panel_sum[panel];
-  }
-  keys.mean = sum / static_cast<T>(keys.count * keys.hidden);
+T query_limit(T range, T largest_key) {
+  const T limit = range - largest_key;
+  return limit >= largest_key + ExpConstants<T>::tanh_limit ? limit : 0;
+}
 
+template <typename T>
+void finish_keys(AttentionKeys<T>& keys) {
   T largest = 0;
-  double squares = 0;
-  for (int64_t h = 0; h < keys.hidden; ++h) {
-    const T size = w_score[h] < 0 ? -w_score[h] : w_score[h];
-    largest = size > largest ? size : largest;
-    squares += static_cast<double>(size) * size;
+  for (int64_t panel = 0; panel < keys.panels; ++panel) {
+    const T here = keys.panel_largest[panel];
+    largest = here > largest ? here : largest;
   }
-  const double norm = __builtin_sqrt(squares);
-  keys.smallest_mean = static_cast<T>(
-      norm > smallest_mean * largest_score_norm ? norm / largest_score_norm
-                                                : smallest_mean);
-  // Within what both the power and its inverse can be.
-  int exponent = 0;
-  if (largest > 0 && largest <= (sizeof(T) == 4 ? __FLT_MAX__ : __DBL_MAX__)) {
-    const int limit = ExpConstants<T>::exponent_bias - 1;
-    exponent = __builtin_ilogb(largest);
-    exponent = exponent < -limit ? -limit : exponent;
-    exponent = exponent > limit ? limit : exponent;
-  }
-  keys.score_scale = static_cast<T>(__builtin_ldexp(1.0, exponent));
-  const T inverse = 1 / keys.score_scale;
-  for (int64_t h = 0; h < keys.padded; ++h) {
-    keys.w_score[h] = h < keys.hidden ? w_score[h] * inverse : 0;
+  keys.fold_limit = 0;
+  keys.factor_limit = 0;
+  if constexpr (has_factored_form<T>) {
+    keys.fold_limit = query_limit<T>(keys.fold_range, largest);
+    keys.factor_limit = query_limit<T>(largest_sum, largest);
   }
 }
 
+// Values beyond +-limit become that; NaN stays.
 template <typename T>
-bool must_be_direct(
-    const AttentionKeys<T>& keys,
-    int64_t rows,
-    const T* query,
-    int64_t query_stride) {
-  if constexpr (sizeof(T) == 8) {
-    return true;
-  }
-  if (!(keys.largest <= largest_exponent)) {
-    return true;
-  }
-  Vec<T> largest = {};
-  T sum = 0;
-  for (int64_t b = 0; b < rows; ++b) {
-    Vec<T> row_sum = {};
-    for (int64_t h = 0; h < keys.hidden; h += lanes<T>) {
-      const Vec<T> size = absolute<T>(
-          load_up_to(query + b * query_stride + h, keys.hidden - h, T(0)));
-      largest = maximum<T>(size, largest);
-      row_sum += size;
-    }
-    sum += sum_lanes<T>(row_sum);
-  }
-  const T mean = sum / static_cast<T>(rows * keys.hidden);
-  return !(largest_lane<T>(largest) <= largest_exponent) ||
-      mean + keys.mean < keys.smallest_mean;
+inline Vec<T> clamp(Vec<T> value, T limit) {
+  const Vec<T> highest = broadcast(limit);
+  const Vec<T> lowest = broadcast(-limit);
+  const Vec<T> below = value > highest ? highest : value;
+  return below < lowest ? lowest : below;
 }
 
-// Units [first, first + width) of a block's activations.
+// Whether tanh of `rows` queries and the keys is to be computed directly for
+// units [first, first + width), given the sum of these |query|.
 template <typename T>
-void activate_part(
+inline bool is_small(
     const AttentionKeys<T>& keys,
     int64_t rows,
     int64_t first,
     int64_t width,
-    const T* query,
-    int64_t query_stride,
-    bool direct,
-    T* activations,
-    int64_t stride) {
-  for (int64_t b = 0; b < rows; ++b) {
-    for (int64_t h = 0; h < width; h += lanes<T>) {
-      const int64_t left = keys.hidden - (first + h);
-      Vec<T> value = left <= 0
-          ? Vec<T>{}
-          : load_up_to(query + b * query_stride + first + h, left, T(0));
-      if (!direct) {
-        value =
-            exponential<T>(value + value) * static_cast<T>(denominator_scale);
-      }
-      store(activations + b * stride + h, value);
-    }
+    T query_sum) {
+  const int64_t left = keys.hidden - first;
+  const T units = static_cast<T>(width < left ? width : left);
+  T key_sum = 0;
+  for (int64_t panel = first / panel_width<T>;
+       panel < keys.panels && panel * panel_width<T> < first + width;
+       ++panel) {
+    key_sum += keys.panel_sum[panel];
   }
+  return query_sum / (static_cast<T>(rows) * units) +
+      key_sum / (static_cast<T>(keys.count) * units) <
+      keys.smallest_mean;
 }
 
+// Units [first, first + width) of `rows` queries: themselves, or, where limit >
+// 0 and they are not small, e^2query times `unit`. Returns whether the latter.
 template <typename T>
-void activate(
+bool activate(
     const AttentionKeys<T>& keys,
     int64_t rows,
-    const T* query,
+    int64_t first,
+    int64_t width,
+    const T* query, // [rows, query_stride]
     int64_t query_stride,
-    T* activations,
-    uint8_t* direct) {
-  *direct = must_be_direct(keys, rows, query, query_stride);
-  activate_part(
-      keys,
-      rows,
-      0,
-      keys.padded,
-      query,
-      query_stride,
-      *direct,
-      activations,
-      keys.padded);
+    T limit,
+    T unit,
+    T* activations, // [rows, stride]
+    int64_t stride) {
+  const auto value_at = [&](int64_t b, int64_t h) {
+    const int64_t left = keys.hidden - (first + h);
+    return left <= 0
+        ? Vec<T>{}
+        : load_up_to(query + b * query_stride + first + h, left, T(0));
+  };
+  if constexpr (has_factored_form<T>) {
+    if (limit > 0) {
+      Vec<T> sum = {};
+      for (int64_t b = 0; b < rows; ++b) {
+        for (int64_t h = 0; h < width; h += lanes<T>) {
+          const Vec<T> value = value_at(b, h);
+          sum += absolute<T>(value);
+          const Vec<T> clamped = clamp<T>(value, limit);
+          store(
+              activations + b * stride + h,
+              exponential<T>(clamped + clamped) * unit);
+        }
+      }
+      if (!is_small(keys, rows, first, width, sum_lanes<T>(sum))) {
+        return true;
+      }
+    }
+  }
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t h = 0; h < width; h += lanes<T>) {
+      store(activations + b * stride + h, value_at(b, h));
+    }
+  }
+  return false;
 }
 
 // -- Scores and their softmax -------------------------------------------------
 
+// Queries and keys whose scores are summed at a time.
+constexpr int query_tile = 4;
+constexpr int key_tile = vector_bytes == 64 ? 4 : 1;
+
+// Sets scores [rows, K], or adds to them unless `first`, from sums of a tile
+// that begins at query b and key i: those of each query side by side.
+template <int keys_in_tile, typename T>
+inline void put_scores(
+    const AttentionKeys<T>& keys,
+    int64_t rows,
+    int64_t b,
+    int64_t i,
+    bool first,
+    T scale,
+    const T* sums,
+    T* scores) {
+  typedef T Quad __attribute__((
+      vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
+  for (int64_t r = 0; r < query_tile && b + r < rows; ++r) {
+    T* to = scores + (b + r) * keys.count + i;
+    if (keys_in_tile == 4 && i + 4 <= keys.count) {
+      Quad* quad = reinterpret_cast<Quad*>(to);
+      const Quad part =
+          reinterpret_cast<const Quad*>(sums)[r] * scale;
+      *quad = first ? part : *quad + part;
+      continue;
+    }
+    for (int64_t k = 0; k < keys_in_tile && i + k < keys.count; ++k) {
+      const T part = sums[r * keys_in_tile + k] * scale;
+      to[k] = first ? part : to[k] + part;
+    }
+  }
+}
+
 // Adds to `scores` (or sets, if `first` is 0) the terms of units [first, first
-// + width).
-template <bool direct, bool divide, typename T>
-void add_scores(
+// + width) from e^2query and the folded keys.
+template <bool divide, typename T>
+void add_folded_scores(
     const AttentionKeys<T>& keys,
     int64_t rows,
     int64_t first,
@@ -448,48 +543,78 @@ void add_scores(
     const T* activations,
     int64_t stride,
     T* scores) {
-  constexpr int tile = 4;
-  const T scale =
-      keys.score_scale * (direct ? 1 : -2 * static_cast<T>(denominator_scale));
-  const Vec<T> one = broadcast(static_cast<T>(denominator_scale));
-  for (int64_t b = 0; b < rows; b += tile) {
-    // Rows past the end repeat the last one, and are not stored.
-    const T* query[tile];
-    for (int64_t k = 0; k < tile; ++k) {
-      query[k] = activations + (b + k < rows ? b + k : rows - 1) * stride;
+  // The sum of all w_score drops in the softmax.
+  const T scale = -2 * static_cast<T>(score_unit) * keys.score_scale;
+  const T* folded = keys.folded + first * keys.count;
+  for (int64_t i = 0; i < keys.count; i += key_tile) {
+    // Queries and keys past the end repeat the last one, and are not stored.
+    const T* key[key_tile];
+    for (int64_t k = 0; k < key_tile; ++k) {
+      key[k] =
+          folded + (i + k < keys.count ? i + k : keys.count - 1) * panel_width<T>;
     }
-    for (int64_t i = 0; i < keys.count; ++i) {
-      const T* key = (direct ? keys.values : keys.exponentials) +
-          (first * keys.count) + i * panel_width<T>;
-      Vec<T> sum[tile] = {};
+    for (int64_t b = 0; b < rows; b += query_tile) {
+      const T* query[query_tile];
+      for (int64_t r = 0; r < query_tile; ++r) {
+        query[r] = activations + (b + r < rows ? b + r : rows - 1) * stride;
+      }
+      Vec<T> sum[query_tile * key_tile] = {};
+      int64_t key_at = 0;
       for (int64_t h = 0; h < width; h += panel_width<T>) {
-        const Vec<T> key0 = load(key);
-        const Vec<T> key1 = load(key + lanes<T>);
-        key += keys.count * panel_width<T>;
-        const Vec<T> w0 = load(keys.w_score + first + h);
-        const Vec<T> w1 = load(keys.w_score + first + h + lanes<T>);
+        const Vec<T> unit0 = load(keys.inverse_score + first + h);
+        const Vec<T> unit1 = load(keys.inverse_score + first + h + lanes<T>);
 #pragma GCC unroll 4
-        for (int k = 0; k < tile; ++k) {
-          const Vec<T> query0 = load(query[k] + h);
-          const Vec<T> query1 = load(query[k] + h + lanes<T>);
-          if constexpr (direct) {
-            sum[k] += w0 * hyperbolic_tangent<T>(query0 + key0);
-            sum[k] += w1 * hyperbolic_tangent<T>(query1 + key1);
-          } else {
-            // w0 / d0 + w1 / d1, and the sum of all w drops in the softmax.
-            const Vec<T> d0 = query0 * key0 + one;
-            const Vec<T> d1 = query1 * key1 + one;
-            sum[k] += quotient<divide, T>(w0 * d1 + w1 * d0, d0 * d1);
+        for (int k = 0; k < key_tile; ++k) {
+          const Vec<T> key0 = load(key[k] + key_at);
+          const Vec<T> key1 = load(key[k] + key_at + lanes<T>);
+#pragma GCC unroll 4
+          for (int r = 0; r < query_tile; ++r) {
+            const Vec<T> c0 = load(query[r] + h) * key0 + unit0;
+            const Vec<T> c1 = load(query[r] + h + lanes<T>) * key1 + unit1;
+            sum[r * key_tile + k] += quotient<divide, T>(c0 + c1, c0 * c1);
           }
         }
+        key_at += keys.count * panel_width<T>;
       }
-      T total[tile];
-      sum_lanes_of_four<T>(sum, total);
-      for (int64_t k = 0; k < tile && b + k < rows; ++k) {
-        T& score = scores[(b + k) * keys.count + i];
-        const T part = total[k] * scale;
-        score = first > 0 ? score + part : part;
+      T sums[query_tile * key_tile];
+      sum_lanes_of<query_tile * key_tile, T>(sum, sums);
+      put_scores<key_tile, T>(keys, rows, b, i, first == 0, scale, sums, scores);
+    }
+  }
+}
+
+// The same from the queries and keys themselves.
+template <typename T>
+void add_direct_scores(
+    const AttentionKeys<T>& keys,
+    int64_t rows,
+    int64_t first,
+    int64_t width,
+    const T* activations,
+    int64_t stride,
+    T* scores) {
+  for (int64_t b = 0; b < rows; b += query_tile) {
+    const T* query[query_tile];
+    for (int64_t r = 0; r < query_tile; ++r) {
+      query[r] = activations + (b + r < rows ? b + r : rows - 1) * stride;
+    }
+    for (int64_t i = 0; i < keys.count; ++i) {
+      const T* key = keys.values + i * keys.hidden + first;
+      Vec<T> sum[query_tile] = {};
+      for (int64_t h = 0; h < width && first + h < keys.hidden;
+           h += lanes<T>) {
+        const Vec<T> value =
+            load_up_to(key + h, keys.hidden - (first + h), T(0));
+        const Vec<T> w = load(keys.w_score + first + h);
+#pragma GCC unroll 4
+        for (int r = 0; r < query_tile; ++r) {
+          sum[r] += w * hyperbolic_tangent<T>(load(query[r] + h) + value);
+        }
       }
+      T sums[query_tile];
+      sum_lanes_of_four<T>(sum, sums);
+      put_scores<1, T>(
+          keys, rows, b, i, first == 0, keys.score_scale, sums, scores);
     }
   }
 }
@@ -527,26 +652,30 @@ void attend(
     const AttentionKeys<T>& keys,
     int64_t rows,
     const T* query,
-    int64_t query_stride,
     const T* log_prior,
-    T* activations,
-    uint8_t* direct,
     T* weights) {
-  // Activations that nobody keeps stay in the first-level cache.
+  // Activations stay in the first-level cache.
   constexpr int64_t span = 1024 / static_cast<int64_t>(sizeof(T));
-  alignas(64) T local[attention_block * span];
-  *direct = must_be_direct(keys, rows, query, query_stride);
-  for (int64_t first = 0; first < keys.padded; first += span) {
-    const int64_t left = keys.padded - first;
+  alignas(64) T activations[attention_block * span];
+  const auto add_folded =
+      divides_fast() ? add_folded_scores<true, T> : add_folded_scores<false, T>;
+  const int64_t padded = keys.panels * panel_width<T>;
+  for (int64_t first = 0; first < padded; first += span) {
+    const int64_t left = padded - first;
     const int64_t width = left < span ? left : span;
-    T* part = activations != nullptr ? activations + first : local;
-    const int64_t stride = activations != nullptr ? keys.padded : span;
-    activate_part(
-        keys, rows, first, width, query, query_stride, *direct, part, stride);
-    const auto add = *direct ? add_scores<true, true, T>
-        : divides_fast()     ? add_scores<sizeof(T) == 8, true, T>
-                             : add_scores<sizeof(T) == 8, false, T>;
-    add(keys, rows, first, width, part, stride, weights);
+    const bool folded = activate<T>(
+        keys,
+        rows,
+        first,
+        width,
+        query,
+        keys.hidden,
+        keys.fold_limit,
+        T(1),
+        activations,
+        span);
+    (folded ? add_folded : add_direct_scores<T>)(
+        keys, rows, first, width, activations, span, weights);
   }
   for (int64_t b = 0; b < rows; ++b) {
     softmax_row(keys.count, log_prior, weights + b * keys.count);
@@ -559,25 +688,27 @@ template <typename T>
 void grad_scores(
     int64_t rows,
     int64_t count,
+    const T* factors,
     const T* weights,
-    const T* grad_weights,
-    T* grad_score,
+    T* grad,
     T* row_sums) {
   for (int64_t b = 0; b < rows; ++b) {
     const T* weight = weights + b * count;
-    const T* grad = grad_weights + b * count;
+    T* row = grad + b * count;
     Vec<T> sum = {};
     for (int64_t i = 0; i < count; i += lanes<T>) {
-      sum += load_up_to(weight + i, count - i, T(0)) *
-          load_up_to(grad + i, count - i, T(0));
+      const Vec<T> value = load_up_to(factors + i, count - i, T(0)) *
+          load_up_to(row + i, count - i, T(0));
+      store_up_to(row + i, count - i, value);
+      sum += load_up_to(weight + i, count - i, T(0)) * value;
     }
     const Vec<T> mean = broadcast(sum_lanes<T>(sum));
     Vec<T> total = {};
     for (int64_t i = 0; i < count; i += lanes<T>) {
       const Vec<T> value = load_up_to(weight + i, count - i, T(0)) *
-          (load_up_to(grad + i, count - i, T(0)) - mean);
+          (load_up_to(row + i, count - i, T(0)) - mean);
       total += value;
-      store_up_to(grad_score + b * count + i, count - i, value);
+      store_up_to(row + i, count - i, value);
     }
     row_sums[b] = sum_lanes<T>(total);
   }
@@ -587,67 +718,117 @@ void grad_scores(
 // cache.
 constexpr int64_t key_block = 64;
 
+// With AVX-512, 1 / (1 + e^2a e^2b) is an estimate that is refined; elsewhere one
+// division serves two terms, which the factor keeps within float's range.
+constexpr bool estimates = vector_bytes == 64;
+constexpr float denominator_unit = estimates ? 1 : 0x1p-62f;
+
+// What sweep() keeps of the queries and keys of one panel, of which each row
+// holds panel_width units.
 template <typename T>
-struct PanelSums {
-  Vec<T> query[attention_block][2];
-  Vec<T> key[key_block][2];
-  Vec<T> score[2];
+struct PanelSpace {
+  alignas(64) T query[sweep_rows][panel_width<T>]; // activations
+  Vec<T> query_sum[sweep_rows][2];
+  Vec<T> key[key_block][2]; // values
+  Vec<T> exponentials[key_block][2]; // e^2key
+  Vec<T> key_sum[key_block][2];
+  bool factored[sweep_rows / attention_block];
+};
+
+// What becomes r = 1 / (1 + e^2a e^2b), or, if not `factored`, tanh(a + b), for
+// the units of one panel: tanh = 1 - 2r and 1 - tanh^2 = 4 (r - r^2).
+template <bool factored, typename T>
+struct Terms {
+  Vec<T> denominator[2];
+  Vec<T> estimate[2]; // of 1 / denominator, where it is to be refined
+
+  KDCI_INLINE void start(const Vec<T>* query, Vec<T> key0, Vec<T> key1) {
+    if constexpr (!factored) {
+      estimate[0] = hyperbolic_tangent<T>(query[0] + key0);
+      estimate[1] = hyperbolic_tangent<T>(query[1] + key1);
+    } else {
+      const Vec<T> one = broadcast(static_cast<T>(denominator_unit));
+      denominator[0] = query[0] * key0 + one;
+      denominator[1] = query[1] * key1 + one;
+#if defined(__AVX512F__)
+      estimate[0] = _mm512_maskz_rcp14_ps(0xffff, denominator[0]);
+      estimate[1] = _mm512_maskz_rcp14_ps(0xffff, denominator[1]);
+#else
+      const Vec<T> inverse = one / (denominator[0] * denominator[1]);
+      estimate[0] = inverse * denominator[1];
+      estimate[1] = inverse * denominator[0];
+#endif
+    }
+  }
+
+  KDCI_INLINE Vec<T> finish(int v) const {
+    if constexpr (factored && estimates) {
+      return estimate[v] + estimate[v] * (T(1) - denominator[v] * estimate[v]);
+    } else {
+      return estimate[v];
+    }
+  }
 };
 
 // Sums over `rows` queries and `count` keys, for the units of one panel: of
-// grad_score * (1 - tanh^2) by query and by key, and of grad_score * tanh; the
-// former to be multiplied by 4, the latter by -2, unless `direct`.
-template <int rows, bool direct, bool divide, typename T>
-inline void sweep_rows(
+// grad_score * (1 - tanh^2) / 4 by query and by key, and of grad_score * (1 -
+// tanh) / 2, or, if not `factored`, of -grad_score * tanh / 2.
+template <int rows, bool factored, typename T>
+inline void sweep_rows_of(
     int64_t count,
-    const T* activations,
-    int64_t stride,
-    const T* key,
+    const T (*activations)[panel_width<T>],
+    const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
     Vec<T> (*query_sum)[2],
-    PanelSums<T>& sums) {
-  const Vec<T> one = broadcast(static_cast<T>(denominator_scale));
+    Vec<T> (*key_sum)[2],
+    Vec<T>* score) {
+  // The chain of operations for a term is so long that the processor's queues
+  // would fill up waiting: with AVX-512 a key is begun while the one before it
+  // is being finished.
+  constexpr bool ahead = factored && estimates;
   Vec<T> query[rows][2];
   Vec<T> slope_sum[rows][2] = {};
   Vec<T> value_sum[2] = {};
+  Terms<factored, T> terms[rows];
   for (int r = 0; r < rows; ++r) {
-    query[r][0] = load(activations + r * stride);
-    query[r][1] = load(activations + r * stride + lanes<T>);
+    query[r][0] = load(activations[r]);
+    query[r][1] = load(activations[r] + lanes<T>);
+    if constexpr (ahead) {
+      terms[r].start(query[r], keys[0][0], keys[0][1]);
+    }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const Vec<T> key0 = load(key + i * panel_width<T>);
-    const Vec<T> key1 = load(key + i * panel_width<T> + lanes<T>);
-    Vec<T> key_sum0 = sums.key[i][0];
-    Vec<T> key_sum1 = sums.key[i][1];
+  const auto handle = [&](int64_t i, int64_t next) KDCI_ALWAYS_INLINE {
+    Vec<T> key_sum0 = key_sum[i][0];
+    Vec<T> key_sum1 = key_sum[i][1];
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
+      if constexpr (!ahead) {
+        terms[r].start(query[r], keys[i][0], keys[i][1]);
+      }
+      const Terms<factored, T> now = terms[r];
+      if (ahead && next > i) {
+        terms[r].start(query[r], keys[next][0], keys[next][1]);
+      }
       const Vec<T> grad = broadcast(grad_score[r * grad_stride + i]);
+      const Vec<T> term0 = now.finish(0);
+      const Vec<T> term1 = now.finish(1);
       // Products with the gradient first, so that the sums are additions,
       // which need not wait for the multiplier.
       Vec<T> value0;
       Vec<T> value1;
       Vec<T> slope0;
       Vec<T> slope1;
-      if constexpr (direct) {
-        const Vec<T> tanh0 = hyperbolic_tangent<T>(query[r][0] + key0);
-        const Vec<T> tanh1 = hyperbolic_tangent<T>(query[r][1] + key1);
-        value0 = grad * tanh0;
-        value1 = grad * tanh1;
-        slope0 = grad - value0 * tanh0;
-        slope1 = grad - value1 * tanh1;
+      if constexpr (factored) {
+        value0 = grad * term0;
+        value1 = grad * term1;
+        slope0 = value0 - value0 * term0;
+        slope1 = value1 - value1 * term1;
       } else {
-        // With r = 1 / (1 + e^2a e^2b): tanh = 1 - 2r, 1 - tanh^2 = 4 (r -
-        // r^2).
-        const Vec<T> d0 = query[r][0] * key0 + one;
-        const Vec<T> d1 = query[r][1] * key1 + one;
-        const Vec<T> inverse = quotient<divide, T>(one, d0 * d1);
-        const Vec<T> r0 = inverse * d1;
-        const Vec<T> r1 = inverse * d0;
-        value0 = grad * r0;
-        value1 = grad * r1;
-        slope0 = value0 - value0 * r0;
-        slope1 = value1 - value1 * r1;
+        value0 = T(-0.5) * grad * term0;
+        value1 = T(-0.5) * grad * term1;
+        slope0 = T(0.25) * grad + T(0.5) * value0 * term0;
+        slope1 = T(0.25) * grad + T(0.5) * value1 * term1;
       }
       slope_sum[r][0] += slope0;
       slope_sum[r][1] += slope1;
@@ -656,39 +837,160 @@ inline void sweep_rows(
       value_sum[0] += value0;
       value_sum[1] += value1;
     }
-    sums.key[i][0] = key_sum0;
-    sums.key[i][1] = key_sum1;
+    key_sum[i][0] = key_sum0;
+    key_sum[i][1] = key_sum1;
+  };
+  for (int64_t i = 0; i + 1 < count; ++i) {
+    handle(i, i + 1);
   }
+  handle(count - 1, count - 1);
   for (int r = 0; r < rows; ++r) {
     query_sum[r][0] += slope_sum[r][0];
     query_sum[r][1] += slope_sum[r][1];
   }
-  sums.score[0] += direct ? value_sum[0] : T(-2) * value_sum[0];
-  sums.score[1] += direct ? value_sum[1] : T(-2) * value_sum[1];
+  score[0] += value_sum[0];
+  score[1] += value_sum[1];
 }
 
-// sweep_rows for a block of queries.
-template <bool direct, bool divide, typename T>
+// sweep_rows_of for a block of queries.
+template <bool factored, typename T>
 void sweep_block(
     int64_t rows,
     int64_t count,
-    const T* activations,
-    int64_t stride,
-    const T* key,
+    const T (*activations)[panel_width<T>],
+    const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
-    PanelSums<T>& sums) {
+    Vec<T> (*query_sum)[2],
+    Vec<T> (*key_sum)[2],
+    Vec<T>* score) {
   for (int64_t b = 0; b < rows; b += 2) {
-    (b + 1 < rows
-         ? sweep_rows<2, direct, divide, T>
-         : sweep_rows<1, direct, divide, T>)(count,
-                                             activations + b * stride,
-                                             stride,
-                                             key,
-                                             grad_score + b * grad_stride,
-                                             grad_stride,
-                                             sums.query + b,
-                                             sums);
+    (b + 1 < rows ? sweep_rows_of<2, factored, T>
+                  : sweep_rows_of<1, factored, T>)(count,
+                                                   activations + b,
+                                                   keys,
+                                                   grad_score + b * grad_stride,
+                                                   grad_stride,
+                                                   query_sum + b,
+                                                   key_sum,
+                                                   score);
+  }
+}
+
+// One panel of sweep().
+template <typename T>
+void sweep_panel(
+    const AttentionKeys<T>& keys,
+    int64_t panel,
+    int64_t rows,
+    const T* query,
+    const T* grad_score,
+    const T* row_sums,
+    bool accumulate,
+    T* grad_query,
+    T* grad_key,
+    T* grad_w_score,
+    PanelSpace<T>& space) {
+  constexpr int64_t width = panel_width<T>;
+  const int64_t unit = panel * width;
+  const int64_t units = keys.hidden - unit; // whole vectors and more, or less
+  const Vec<T> factor = broadcast(4 * keys.score_scale);
+  const Vec<T> w[2] = {
+      factor * load(keys.w_score + unit),
+      factor * load(keys.w_score + unit + lanes<T>)};
+  // Of grad_score * tanh, with the sums that sweep_rows_of makes taken twice.
+  Vec<T> score[2] = {};
+  T rest = 0;
+  bool any_direct = false;
+  for (int64_t b = 0; b < rows; b += attention_block) {
+    const int64_t left = rows - b;
+    const int64_t count = left < attention_block ? left : attention_block;
+    const bool factored = activate<T>(
+        keys,
+        count,
+        unit,
+        width,
+        query + b * keys.hidden,
+        keys.hidden,
+        keys.factor_limit,
+        static_cast<T>(denominator_unit),
+        space.query[b],
+        width);
+    space.factored[b / attention_block] = factored;
+    any_direct |= !factored;
+    for (int64_t r = 0; r < count && factored; ++r) {
+      rest += row_sums[b + r];
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      space.query_sum[b + r][0] = Vec<T>{};
+      space.query_sum[b + r][1] = Vec<T>{};
+    }
+  }
+  for (int64_t i = 0; i < keys.count; i += key_block) {
+    const int64_t left = keys.count - i;
+    const int64_t count = left < key_block ? left : key_block;
+    for (int64_t k = 0; k < count; ++k) {
+      for (int v = 0; v < 2; ++v) {
+        const int64_t in_vector = units - v * lanes<T>;
+        const Vec<T> value = in_vector <= 0
+            ? Vec<T>{}
+            : load_up_to(
+                  keys.values + (i + k) * keys.hidden + unit + v * lanes<T>,
+                  in_vector,
+                  T(0));
+        space.key_sum[k][v] = Vec<T>{};
+        if (any_direct) {
+          space.key[k][v] = value;
+        }
+        if constexpr (has_factored_form<T>) {
+          if (keys.factor_limit > 0) {
+            space.exponentials[k][v] = exponential<T>(value + value);
+          }
+        }
+      }
+    }
+    for (int64_t b = 0; b < rows; b += attention_block) {
+      const int64_t rows_left = rows - b;
+      const bool factored = space.factored[b / attention_block];
+      (factored ? sweep_block<has_factored_form<T>, T> : sweep_block<false, T>)(
+          rows_left < attention_block ? rows_left : attention_block,
+          count,
+          space.query + b,
+          factored ? space.exponentials : space.key,
+          grad_score + b * keys.count + i,
+          keys.count,
+          space.query_sum + b,
+          space.key_sum,
+          score);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
+        T* to = grad_key + (i + k) * keys.hidden + unit + v * lanes<T>;
+        const int64_t in_vector = units - v * lanes<T>;
+        const Vec<T> before =
+            accumulate ? load_up_to(to, in_vector, T(0)) : Vec<T>{};
+        store_up_to(to, in_vector, before + w[v] * space.key_sum[k][v]);
+      }
+    }
+  }
+  for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
+    const int64_t in_vector = units - v * lanes<T>;
+    const int64_t at = unit + v * lanes<T>;
+    for (int64_t b = 0; b < rows; ++b) {
+      Vec<T> grad = w[v] * space.query_sum[b][v];
+      if (space.factored[b / attention_block]) {
+        // tanh is 1 for all keys beyond the limit.
+        const Vec<T> limit = broadcast(keys.factor_limit);
+        const Vec<T> size = absolute<T>(
+            load_up_to(query + b * keys.hidden + at, in_vector, T(0)));
+        grad = size > limit ? Vec<T>{} : grad;
+      }
+      store_up_to(grad_query + b * keys.hidden + at, in_vector, grad);
+    }
+    const Vec<T> before =
+        accumulate ? load_up_to(grad_w_score + at, in_vector, T(0)) : Vec<T>{};
+    store_up_to(
+        grad_w_score + at, in_vector, before + (rest - T(2) * score[v]));
   }
 }
 
@@ -697,76 +999,28 @@ void sweep(
     const AttentionKeys<T>& keys,
     int64_t begin,
     int64_t end,
-    int64_t batch,
-    T* activations,
-    const uint8_t* direct,
+    int64_t rows,
+    const T* query,
     const T* grad_score,
     const T* row_sums,
+    bool accumulate,
+    T* grad_query,
     T* grad_key,
     T* grad_w_score) {
-  constexpr int64_t width = panel_width<T>;
-  PanelSums<T> sums;
+  PanelSpace<T> space;
   for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t unit = panel * width;
-    for (int64_t i = 0; i < keys.count; ++i) {
-      store(grad_key + i * keys.padded + unit, Vec<T>{});
-      store(grad_key + i * keys.padded + unit + lanes<T>, Vec<T>{});
-    }
-    Vec<T> score_total[2] = {};
-    for (int64_t b = 0; b < batch; b += attention_block) {
-      const int64_t left = batch - b;
-      const int64_t rows = left < attention_block ? left : attention_block;
-      const bool is_direct = direct[b / attention_block] != 0;
-      const auto block_sums = is_direct ? sweep_block<true, true, T>
-          : divides_fast()              ? sweep_block<sizeof(T) == 8, true, T>
-                                        : sweep_block<sizeof(T) == 8, false, T>;
-      const Vec<T> factor = broadcast(keys.score_scale * (is_direct ? 1 : 4));
-      const Vec<T> w[2] = {
-          factor * load(keys.w_score + unit),
-          factor * load(keys.w_score + unit + lanes<T>)};
-      for (int64_t r = 0; r < rows; ++r) {
-        sums.query[r][0] = Vec<T>{};
-        sums.query[r][1] = Vec<T>{};
-      }
-      T row_sum = 0;
-      for (int64_t r = 0; r < rows && !is_direct; ++r) {
-        row_sum += row_sums[b + r];
-      }
-      sums.score[0] = broadcast(row_sum);
-      sums.score[1] = broadcast(row_sum);
-      for (int64_t i = 0; i < keys.count; i += key_block) {
-        const int64_t keys_left = keys.count - i;
-        const int64_t count = keys_left < key_block ? keys_left : key_block;
-        for (int64_t k = 0; k < count; ++k) {
-          sums.key[k][0] = Vec<T>{};
-          sums.key[k][1] = Vec<T>{};
-        }
-        block_sums(
-            rows,
-            count,
-            activations + b * keys.padded + unit,
-            keys.padded,
-            (is_direct ? keys.values : keys.exponentials) +
-                (panel * keys.count + i) * width,
-            grad_score + b * keys.count + i,
-            keys.count,
-            sums);
-        for (int64_t k = 0; k < count; ++k) {
-          T* to = grad_key + (i + k) * keys.padded + unit;
-          store(to, load(to) + w[0] * sums.key[k][0]);
-          store(to + lanes<T>, load(to + lanes<T>) + w[1] * sums.key[k][1]);
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        T* to = activations + (b + r) * keys.padded + unit;
-        store(to, w[0] * sums.query[r][0]);
-        store(to + lanes<T>, w[1] * sums.query[r][1]);
-      }
-      score_total[0] += sums.score[0];
-      score_total[1] += sums.score[1];
-    }
-    store(grad_w_score + unit, score_total[0]);
-    store(grad_w_score + unit + lanes<T>, score_total[1]);
+    sweep_panel(
+        keys,
+        panel,
+        rows,
+        query,
+        grad_score,
+        row_sums,
+        accumulate,
+        grad_query,
+        grad_key,
+        grad_w_score,
+        space);
   }
 }
 
@@ -836,10 +1090,10 @@ double divergence(
 template <typename T>
 constexpr AttentionKernels<T> kernels_of = {
     panel_width<T>,
+    prepare_score<T>,
     pack_keys<T>,
     finish_keys<T>,
     attend<T>,
-    activate<T>,
     grad_scores<T>,
     sweep<T>,
     divergence<T>};

@@ -6,10 +6,12 @@
 //
 //   tanh(a + b) = 1 - 2 / (1 + e^2a e^2b)
 //
-// needs (B + K) H exponentials, and one division serves two terms. The form is
-// used for a block of queries where it is exact: where the exponentials
-// stay in range, and where tanh is not so small throughout that 1 - 2 / (...)
-// would lose its digits. Elsewhere, and in float64, tanh is computed directly.
+// needs (B + K) H exponentials and a division for each two terms, or an estimate
+// of a reciprocal. The form is used for a block of queries where it is exact:
+// where the exponentials of the keys stay in range (queries so large that tanh
+// is 1 for all keys are cut off), and where tanh is not so small throughout that
+// 1 - 2 / (...) would lose its digits. Elsewhere, and in float64, tanh is
+// computed directly.
 #pragma once
 
 #include <cstdint>
@@ -18,89 +20,79 @@
 
 namespace kdci {
 
-/// Rows of queries that are handled together.
+/// Rows of queries that are scored together.
 constexpr int64_t attention_block = 16;
+/// Rows of queries that are swept together, at most; whole blocks.
+constexpr int64_t sweep_rows = 256;
 
-/// The keys as the kernels read them. H is padded with zeros to whole panels
-/// of `panel_width` values, and stored by panels: [panels, K, panel_width].
+/// The keys and what is known of them. Hidden units are taken in panels of
+/// panel_width, the last of which is filled up with zeros.
 template <typename T>
 struct AttentionKeys {
-  int64_t count;  // K
-  int64_t hidden; // H
-  int64_t panels;
-  int64_t padded;   // panels * panel_width
-  T* values;        // [panels, K, panel_width]
-  T* exponentials;  // likewise, e^2key
-  T* w_score;       // [padded], w_score / score_scale
-  T score_scale;    // a power of two: w_score / score_scale is about 1
+  int64_t count;    // K
+  int64_t hidden;   // H
+  int64_t panels;   // H / panel_width, rounded up
+  const T* values;  // [K, H]
+  T* folded;        // [panels, K, panel_width], e^2key by w_score, or null
+  T* w_score;       // [panels * panel_width], w_score / score_scale
+  T* inverse_score; // [panels * panel_width], a constant by that
   T* panel_largest; // [panels], max |key|
   T* panel_sum;     // [panels], sum |key|
-  T largest;        // max |key|
-  T mean;           // mean |key|
-  T smallest_mean;  // of |query| + |key| for the factored form
+  T score_scale;    // a power of two: |w_score| / score_scale is at most 2
+  T smallest_mean;  // of |query| + |key| for 1 - 2 / (1 + e^2a e^2b)
+  T fold_range;     // the largest |query| + |key| for `folded`
+  T fold_limit;     // likewise |query|; 0 if it cannot be used
+  T factor_limit;   // the largest |query| for e^2query in sweep(), or 0
 };
 
 template <typename T>
 struct AttentionKernels {
   int64_t panel_width;
 
-  /// Fills panels [begin, end) of keys from key [K, H].
-  void (*pack_keys)(
-      const T* key,
-      AttentionKeys<T>& keys,
-      int64_t begin,
-      int64_t end);
+  /// Fills in what of `keys` depends on w_score [H].
+  void (*prepare_score)(const T* w_score, AttentionKeys<T>& keys);
 
-  /// Fills in what of `keys` depends on w_score, and sums the panels'
-  /// statistics up.
-  void (*finish_keys)(const T* w_score, AttentionKeys<T>& keys);
+  /// Fills in panels [begin, end) of `keys`, after prepare_score().
+  void (*pack_keys)(AttentionKeys<T>& keys, int64_t begin, int64_t end);
+
+  /// Fills in the limits, after pack_keys() of all panels.
+  void (*finish_keys)(AttentionKeys<T>& keys);
 
   /// For one block of `rows` queries: weights [rows, K] = softmax_i(score +
-  /// log_prior) (log_prior may be null), and, unless `activations` is null,
-  /// what activate() makes, which may overwrite the queries.
+  /// log_prior); log_prior may be null.
   void (*attend)(
       const AttentionKeys<T>& keys,
       int64_t rows,
-      const T* query, // [rows, query_stride]
-      int64_t query_stride,
+      const T* query,     // [rows, H]
       const T* log_prior, // [K]
-      T* activations,     // [rows, keys.padded]
-      uint8_t* direct,
       T* weights);
 
-  /// For one block of queries: sets `direct` where tanh is to be computed
-  /// directly, and what sweep() reads: e^2query times a constant, or query.
-  void (*activate)(
-      const AttentionKeys<T>& keys,
-      int64_t rows,
-      const T* query,
-      int64_t query_stride,
-      T* activations,
-      uint8_t* direct);
-
-  /// grad_score = weights * (grad_weights - sum_i weights * grad_weights),
-  /// row by row, and its row sums, which rounding keeps from being 0.
+  /// Replaces the gradients of what the weights multiply, by `factors`, by
+  /// those of the scores: grad = weights * (g - sum_i weights * g) with g =
+  /// factors * grad. Their row sums are what rounding keeps from being 0.
   void (*grad_scores)(
       int64_t rows,
       int64_t count,
-      const T* weights,      // [rows, K]
-      const T* grad_weights, // [rows, K]
-      T* grad_score,         // [rows, K], may be grad_weights or weights
-      T* row_sums);          // [rows]
+      const T* factors, // [K]
+      const T* weights, // [rows, K]
+      T* grad,          // [rows, K]
+      T* row_sums);     // [rows]
 
-  /// For the hidden units of panels [begin, end): the gradients of the queries
-  /// (which replace the activations), of the keys and of w_score.
+  /// For the hidden units of panels [begin, end) and `rows` <= sweep_rows
+  /// queries: the gradients of the queries, of the keys and of w_score. The
+  /// latter two are added to if `accumulate`.
   void (*sweep)(
       const AttentionKeys<T>& keys,
       int64_t begin,
       int64_t end,
-      int64_t batch,
-      T* activations,        // [batch, keys.padded]
-      const uint8_t* direct, // [blocks]
-      const T* grad_score,   // [batch, K]
-      const T* row_sums,     // [batch]
-      T* grad_key,           // [K, keys.padded]
-      T* grad_w_score);      // [keys.padded]
+      int64_t rows,
+      const T* query,      // [rows, H]
+      const T* grad_score, // [rows, K]
+      const T* row_sums,   // [rows]
+      bool accumulate,
+      T* grad_query,    // [rows, H], may be query
+      T* grad_key,      // [K, H]
+      T* grad_w_score); // [H]
 
   /// sum over rows of KL(softmax(teacher * f) || softmax(student * f)), with f
   /// = inverse_temperature; with grad_factor != 0 the student is replaced by
