@@ -123,7 +123,6 @@ void Covariance<T>::form_gram(const CenteredRows<T>& rows) {
               first + matrix_.tile_size(tile),
               matrix_.tile_size(tile),
               d_,
-              T(1),
               centered_,
               stride_,
               1,

@@ -40,7 +40,7 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   subspace_.find(leading_);
   if (covariance_.is_gram()) {
     const T* centered = covariance_.centered();
-    gemm(d_, q_, n_, T(1), centered, 1, d_, leading_, q_, 1, basis_, q_, false);
+    gemm(d_, q_, n_, centered, 1, d_, leading_, q_, 1, basis_, q_, false);
     orthonormalize_basis();
   }
 }
@@ -71,7 +71,7 @@ template <typename T>
 void PrincipalSubspace<T>::orthonormalize_basis() {
   const int64_t q = q_;
   std::vector<T> products(q * q);
-  gemm(q, q, d_, T(1), basis_, 1, q, basis_, q, 1, products.data(), q, false);
+  gemm(q, q, d_, basis_, 1, q, basis_, q, 1, products.data(), q, false);
   double total = 0;
   for (int64_t i = 0; i < q; ++i) {
     total += products[i * q + i];
@@ -107,7 +107,6 @@ void PrincipalSubspace<T>::orthonormalize_basis() {
         count,
         q,
         q,
-        T(1),
         rows,
         q,
         1,

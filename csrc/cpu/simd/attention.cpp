@@ -6,6 +6,7 @@
 #endif
 #include <utility>
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace kdci::KDCI_SIMD {
@@ -34,56 +35,6 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
 template <typename T>
 inline Vec<T> absolute(Vec<T> x) {
   return maximum<T>(x, -x);
-}
-
-// The first `count` < lanes values, and `fill` after them.
-template <typename T>
-inline Vec<T> load_first(const T* from, int64_t count, T fill) {
-#if defined(__AVX512F__)
-  const unsigned mask = (1u << count) - 1;
-  if constexpr (sizeof(T) == 4) {
-    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
-  } else {
-    return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), mask, from);
-  }
-#else
-  Vec<T> values = broadcast(fill);
-  for (int64_t lane = 0; lane < count; ++lane) {
-    values[lane] = from[lane];
-  }
-  return values;
-#endif
-}
-
-template <typename T>
-inline void store_first(T* to, int64_t count, Vec<T> values) {
-#if defined(__AVX512F__)
-  const unsigned mask = (1u << count) - 1;
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(to, mask, values);
-  } else {
-    _mm512_mask_storeu_pd(to, mask, values);
-  }
-#else
-  for (int64_t lane = 0; lane < count; ++lane) {
-    to[lane] = values[lane];
-  }
-#endif
-}
-
-// load_first and store_first that also take whole vectors.
-template <typename T>
-inline Vec<T> load_up_to(const T* from, int64_t count, T fill) {
-  return count >= lanes<T> ? load(from) : load_first(from, count, fill);
-}
-
-template <typename T>
-inline void store_up_to(T* to, int64_t count, Vec<T> values) {
-  if (count >= lanes<T>) {
-    store(to, values);
-  } else {
-    store_first(to, count, values);
-  }
 }
 
 // Takes x and y as consecutive segments of `size` values, and adds the
@@ -138,22 +89,11 @@ inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
   }
 }
 
-// The sums of as many vectors as one has lanes, in the first of them.
-template <typename T, int size = int(lanes<T>)>
-inline void merge_sums(Vec<T>* values) {
-  if constexpr (size > 1) {
-    for (int k = 0; k < size / 2; ++k) {
-      values[k] = add_halves<size, T>(values[2 * k], values[2 * k + 1]);
-    }
-    merge_sums<T, size / 2>(values);
-  }
-}
-
-// The sums of `count` vectors.
+// The sums of `count` vectors, which are overwritten.
 template <int count, typename T>
-inline void sum_lanes_of(Vec<T>* values, T* sums) {
+inline void sum_lanes_of(Vec<T> (&values)[count], T* sums) {
   if constexpr (count == lanes<T>) {
-    merge_sums<T>(values);
+    sum_rows<count / 2, T>(values);
     store(sums, values[0]);
   } else {
     for (int k = 0; k < count; k += 4) {
@@ -206,7 +146,14 @@ struct ExpConstants<float> {
   static constexpr float log2_e = 0x1.715476p0f;
   static constexpr float ln2_high = 0x1.62e4p-1f; // n * ln2_high is exact
   static constexpr float ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr int degree = 7;
+  // (e^r - 1 - r) / r^2 by powers of r for |r| <= log(2) / 2, of least largest
+  // error relative to e^r: 4e-9.
+  static constexpr float tail[] = {
+      0x1.fffffcp-2f,
+      0x1.555492p-3f,
+      0x1.5558f2p-5f,
+      0x1.123a2p-7f,
+      0x1.6a23dp-10f};
   // Where exp would be subnormal it is taken for 0; tanh is 1 to the last bit
   // from tanh_limit on.
   static constexpr float lowest = -87.0f;
@@ -221,33 +168,30 @@ struct ExpConstants<double> {
   static constexpr double log2_e = 0x1.71547652b82fep0;
   static constexpr double ln2_high = 0x1.62e42feep-1;
   static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr int degree = 13;
+  static constexpr double tail[] = { // Taylor's
+      1.0 / 2,
+      1.0 / 6,
+      1.0 / 24,
+      1.0 / 120,
+      1.0 / 720,
+      1.0 / 5040,
+      1.0 / 40320,
+      1.0 / 362880,
+      1.0 / 3628800,
+      1.0 / 39916800,
+      1.0 / 479001600,
+      1.0 / 6227020800};
   static constexpr double lowest = -708;
   static constexpr double highest = 709;
   static constexpr double tanh_limit = 20;
 };
 
-constexpr double inverse_factorial[] = {
-    1.0,
-    1.0,
-    1.0 / 2,
-    1.0 / 6,
-    1.0 / 24,
-    1.0 / 120,
-    1.0 / 720,
-    1.0 / 5040,
-    1.0 / 40320,
-    1.0 / 362880,
-    1.0 / 3628800,
-    1.0 / 39916800,
-    1.0 / 479001600,
-    1.0 / 6227020800};
-
-// e^x = power * (1 + rest), power = 2^n, for lowest <= x <= highest.
+// e^x = 2^n (1 + r + r^2 tail), for lowest <= x <= highest.
 template <typename T>
 struct ExpParts {
-  Vec<T> power;
-  Vec<T> rest;
+  IntVec<T> shifted; // n in the low bits
+  Vec<T> r;
+  Vec<T> tail;
 };
 
 template <typename T>
@@ -256,20 +200,22 @@ inline ExpParts<T> split_exp(Vec<T> x) {
   const Vec<T> shifted = x * C::log2_e + C::round;
   const Vec<T> n = shifted - C::round;
   const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
-  Vec<T> sum = broadcast(static_cast<T>(inverse_factorial[C::degree]));
+  constexpr int degree = sizeof(C::tail) / sizeof(T) - 1;
+  Vec<T> tail = broadcast(C::tail[degree]);
 #pragma GCC unroll 16
-  for (int k = C::degree - 1; k >= 2; --k) {
-    sum = sum * r + static_cast<T>(inverse_factorial[k]);
+  for (int k = degree - 1; k >= 0; --k) {
+    tail = tail * r + C::tail[k];
   }
-  // The low bits of `shifted` hold n.
-  const IntVec<T> exponent = (IntVec<T>)shifted + C::exponent_bias;
-  return {(Vec<T>)(exponent << C::mantissa_bits), r * r * sum + r};
+  return {(IntVec<T>)shifted, r, tail};
 }
 
 template <typename T>
 inline Vec<T> exponential(Vec<T> x) {
   const ExpParts<T> parts = split_exp<T>(x);
-  return parts.power * parts.rest + parts.power;
+  const Vec<T> mantissa = (parts.tail * parts.r + T(1)) * parts.r + T(1);
+  // n is added to the exponent.
+  return (Vec<T>)((IntVec<T>)mantissa +
+                  (parts.shifted << ExpConstants<T>::mantissa_bits));
 }
 
 // For softmax: any x <= 0.
@@ -281,11 +227,15 @@ inline Vec<T> exponential_or_zero(Vec<T> x) {
 
 template <typename T>
 inline Vec<T> hyperbolic_tangent(Vec<T> x) {
-  const Vec<T> limit = broadcast(ExpConstants<T>::tanh_limit);
+  using C = ExpConstants<T>;
+  const Vec<T> limit = broadcast(C::tanh_limit);
   const Vec<T> size = absolute<T>(x);
   const Vec<T> clamped = size > limit ? limit : size;
   const ExpParts<T> parts = split_exp<T>(clamped + clamped);
-  const Vec<T> minus_one = parts.power * parts.rest + (parts.power - T(1));
+  const Vec<T> power =
+      (Vec<T>)((parts.shifted + C::exponent_bias) << C::mantissa_bits);
+  const Vec<T> rest = parts.r * parts.r * parts.tail + parts.r;
+  const Vec<T> minus_one = power * rest + (power - T(1));
   const Vec<T> tangent = minus_one / (minus_one + T(2));
   return x < Vec<T>{} ? -tangent : tangent;
 }
@@ -320,19 +270,23 @@ constexpr bool has_factored_form = sizeof(T) == 4;
 
 template <typename T>
 void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
-  T largest = 0;
-  double squares = 0;
-  bool finite = true;
-  for (int64_t h = 0; h < keys.hidden; ++h) {
-    const T size = w_score[h] < 0 ? -w_score[h] : w_score[h];
-    largest = size > largest ? size : largest;
-    squares += static_cast<double>(size) * size;
-    finite &= size <= (sizeof(T) == 4 ? __FLT_MAX__ : __DBL_MAX__);
+  const int64_t hidden = keys.hidden;
+  Vec<T> largest_lanes = {};
+  Vec<T> squares = {};
+  Vec<T> not_finite = {}; // NaN where a value is not, else 0
+  for (int64_t h = 0; h < hidden; h += lanes<T>) {
+    const Vec<T> size = absolute<T>(load_up_to(w_score + h, hidden - h, T(0)));
+    largest_lanes = maximum<T>(size, largest_lanes);
+    not_finite += size - size;
+    squares += size * size;
   }
-  const double norm = __builtin_sqrt(squares);
-  keys.smallest_mean = static_cast<T>(
-      norm > smallest_mean * largest_score_norm ? norm / largest_score_norm
-                                                : smallest_mean);
+  const T largest = largest_lane<T>(largest_lanes);
+  const bool finite = sum_lanes<T>(not_finite) == 0;
+  // Infinite where the squares overflow, so that nothing is factored.
+  const T norm = __builtin_sqrt(sum_lanes<T>(squares));
+  keys.smallest_mean = norm > smallest_mean * largest_score_norm
+      ? norm / largest_score_norm
+      : smallest_mean;
   // Within what both the power and its inverse can be.
   int exponent = 0;
   if (largest > 0 && finite) {
@@ -343,20 +297,23 @@ void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
   }
   keys.score_scale = static_cast<T>(__builtin_ldexp(1.0, exponent));
   const T inverse = 1 / keys.score_scale;
-  const T least = static_cast<T>(smallest_score) / static_cast<T>(keys.hidden);
-  T smallest = 1;
+  const Vec<T> least = broadcast(
+      static_cast<T>(smallest_score) / static_cast<T>(hidden));
+  Vec<T> largest_unit = {};
   const int64_t padded = keys.panels * panel_width<T>;
-  for (int64_t h = 0; h < padded; ++h) {
-    const T w = h < keys.hidden ? w_score[h] * inverse : 0;
-    keys.w_score[h] = w;
-    const T size = w < 0 ? -w : w;
-    const T counted = size < least ? least : size;
-    smallest = counted < smallest ? counted : smallest;
-    const T unit = static_cast<T>(score_unit) / counted;
-    keys.inverse_score[h] = w < 0 ? -unit : unit;
+  for (int64_t h = 0; h < padded; h += lanes<T>) {
+    const Vec<T> w =
+        (h < hidden ? load_up_to(w_score + h, hidden - h, T(0)) : Vec<T>{}) *
+        inverse;
+    store(keys.w_score + h, w);
+    const Vec<T> unit =
+        static_cast<T>(score_unit) / maximum<T>(absolute<T>(w), least);
+    largest_unit = h < hidden ? maximum<T>(unit, largest_unit) : largest_unit;
+    store(keys.inverse_score + h, w < Vec<T>{} ? -unit : unit);
   }
+  const float spread = static_cast<float>(largest_lane<T>(largest_unit)) / score_unit;
   keys.fold_range = finite
-      ? (largest_product_exponent + __builtin_log2f(smallest)) /
+      ? (largest_product_exponent - __builtin_log2f(spread)) /
           log2_of_e_squared
       : 0;
 }
@@ -450,6 +407,12 @@ inline bool is_small(
       keys.smallest_mean;
 }
 
+template <typename T>
+inline Vec<T> activation(Vec<T> query, T unit) {
+  const Vec<T> value = exponential<T>(query + query);
+  return unit == 1 ? value : value * unit;
+}
+
 // Units [first, first + width) of `rows` queries: themselves, or, where limit >
 // 0 and they are not small, e^2query times `unit`. Returns whether the latter.
 template <typename T>
@@ -473,14 +436,15 @@ bool activate(
   if constexpr (has_factored_form<T>) {
     if (limit > 0) {
       Vec<T> sum = {};
+      const bool whole = first + width <= keys.hidden;
       for (int64_t b = 0; b < rows; ++b) {
         for (int64_t h = 0; h < width; h += lanes<T>) {
-          const Vec<T> value = value_at(b, h);
+          const Vec<T> value =
+              whole ? load(query + b * query_stride + first + h) : value_at(b, h);
           sum += absolute<T>(value);
-          const Vec<T> clamped = clamp<T>(value, limit);
           store(
               activations + b * stride + h,
-              exponential<T>(clamped + clamped) * unit);
+              activation<T>(clamp<T>(value, limit), unit));
         }
       }
       if (!is_small(keys, rows, first, width, sum_lanes<T>(sum))) {
@@ -502,8 +466,16 @@ bool activate(
 constexpr int query_tile = 4;
 constexpr int key_tile = vector_bytes == 64 ? 4 : 1;
 
-// Sets scores [rows, K], or adds to them unless `first`, from sums of a tile
-// that begins at query b and key i: those of each query side by side.
+// Scores by query, [rows, K], or side by side for attention_block queries, [K,
+// attention_block].
+template <typename T>
+struct Scores {
+  T* data;
+  bool by_key;
+};
+
+// Sets scores, or adds to them unless `first`, from the sums of a tile that
+// begins at query b and key i, [keys_in_tile, query_tile].
 template <int keys_in_tile, typename T>
 inline void put_scores(
     const AttentionKeys<T>& keys,
@@ -513,20 +485,23 @@ inline void put_scores(
     bool first,
     T scale,
     const T* sums,
-    T* scores) {
+    const Scores<T>& scores) {
   typedef T Quad __attribute__((
       vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
-  for (int64_t r = 0; r < query_tile && b + r < rows; ++r) {
-    T* to = scores + (b + r) * keys.count + i;
-    if (keys_in_tile == 4 && i + 4 <= keys.count) {
-      Quad* quad = reinterpret_cast<Quad*>(to);
-      const Quad part =
-          reinterpret_cast<const Quad*>(sums)[r] * scale;
-      *quad = first ? part : *quad + part;
-      continue;
-    }
+  static_assert(query_tile == 4);
+  if (scores.by_key) {
     for (int64_t k = 0; k < keys_in_tile && i + k < keys.count; ++k) {
-      const T part = sums[r * keys_in_tile + k] * scale;
+      Quad& four = *reinterpret_cast<Quad*>(
+          scores.data + (i + k) * attention_block + b);
+      const Quad part = reinterpret_cast<const Quad*>(sums)[k] * scale;
+      four = first ? part : four + part;
+    }
+    return;
+  }
+  for (int64_t r = 0; r < query_tile && b + r < rows; ++r) {
+    T* to = scores.data + (b + r) * keys.count + i;
+    for (int64_t k = 0; k < keys_in_tile && i + k < keys.count; ++k) {
+      const T part = sums[k * query_tile + r] * scale;
       to[k] = first ? part : to[k] + part;
     }
   }
@@ -542,7 +517,7 @@ void add_folded_scores(
     int64_t width,
     const T* activations,
     int64_t stride,
-    T* scores) {
+    const Scores<T>& scores) {
   // The sum of all w_score drops in the softmax.
   const T scale = -2 * static_cast<T>(score_unit) * keys.score_scale;
   const T* folded = keys.folded + first * keys.count;
@@ -571,7 +546,7 @@ void add_folded_scores(
           for (int r = 0; r < query_tile; ++r) {
             const Vec<T> c0 = load(query[r] + h) * key0 + unit0;
             const Vec<T> c1 = load(query[r] + h + lanes<T>) * key1 + unit1;
-            sum[r * key_tile + k] += quotient<divide, T>(c0 + c1, c0 * c1);
+            sum[k * query_tile + r] += quotient<divide, T>(c0 + c1, c0 * c1);
           }
         }
         key_at += keys.count * panel_width<T>;
@@ -592,7 +567,7 @@ void add_direct_scores(
     int64_t width,
     const T* activations,
     int64_t stride,
-    T* scores) {
+    const Scores<T>& scores) {
   for (int64_t b = 0; b < rows; b += query_tile) {
     const T* query[query_tile];
     for (int64_t r = 0; r < query_tile; ++r) {
@@ -647,6 +622,59 @@ void softmax_row(int64_t count, const T* offset, T* values) {
   }
 }
 
+// weights [rows, count] = softmax(scores + offset) over the keys, for up to
+// attention_block queries that lie side by side: scores [count,
+// attention_block]. Rows of few keys would leave most of a vector empty.
+template <typename T>
+void softmax_columns(
+    int64_t rows,
+    int64_t count,
+    const T* offset,
+    T* scores,
+    T* weights) {
+  constexpr int64_t chunk = 16; // so that no sum is of too many terms
+  for (int64_t b = 0; b < attention_block; b += lanes<T>) {
+    T* column = scores + b;
+    Vec<T> largest = broadcast(-T(__builtin_inff()));
+    for (int64_t i = 0; i < count; ++i) {
+      Vec<T> value = load(column + i * attention_block);
+      if (offset != nullptr) {
+        value += offset[i];
+        store(column + i * attention_block, value);
+      }
+      largest = maximum<T>(value, largest);
+    }
+    Vec<T> total = {};
+    for (int64_t first = 0; first < count; first += chunk) {
+      const int64_t last = first + chunk < count ? first + chunk : count;
+      Vec<T> sum = {};
+      for (int64_t i = first; i < last; ++i) {
+        T* at = column + i * attention_block;
+        const Vec<T> value = exponential_or_zero<T>(load(at) - largest);
+        store(at, value);
+        sum += value;
+      }
+      total += sum;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* at = column + i * attention_block;
+      store(at, load(at) / total);
+    }
+  }
+  for (int64_t i = 0; i < count; i += lanes<T>) {
+    for (int64_t b = 0; b < rows; b += lanes<T>) {
+      Vec<T> tile[lanes<T>] = {};
+      for (int64_t k = 0; k < lanes<T> && i + k < count; ++k) {
+        tile[k] = load(scores + (i + k) * attention_block + b);
+      }
+      transpose<lanes<T> / 2, T>(tile);
+      for (int64_t r = 0; r < lanes<T> && b + r < rows; ++r) {
+        store_up_to(weights + (b + r) * count + i, count - i, tile[r]);
+      }
+    }
+  }
+}
+
 template <typename T>
 void attend(
     const AttentionKeys<T>& keys,
@@ -656,9 +684,20 @@ void attend(
     T* weights) {
   // Activations stay in the first-level cache.
   constexpr int64_t span = 1024 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t most_columns = 2048 / static_cast<int64_t>(sizeof(T));
   alignas(64) T activations[attention_block * span];
+  alignas(64) T columns[most_columns * attention_block];
+  if (rows < attention_block) { // lanes that no query fills
+    for (T& value : columns) {
+      value = 0;
+    }
+  }
   const auto add_folded =
       divides_fast() ? add_folded_scores<true, T> : add_folded_scores<false, T>;
+  const bool by_columns = keys.count <= most_columns;
+  const Scores<T> scores = by_columns
+      ? Scores<T>{columns, true}
+      : Scores<T>{weights, false};
   const int64_t padded = keys.panels * panel_width<T>;
   for (int64_t first = 0; first < padded; first += span) {
     const int64_t left = padded - first;
@@ -675,7 +714,11 @@ void attend(
         activations,
         span);
     (folded ? add_folded : add_direct_scores<T>)(
-        keys, rows, first, width, activations, span, weights);
+        keys, rows, first, width, activations, span, scores);
+  }
+  if (by_columns) {
+    softmax_columns(rows, keys.count, log_prior, columns, weights);
+    return;
   }
   for (int64_t b = 0; b < rows; ++b) {
     softmax_row(keys.count, log_prior, weights + b * keys.count);
@@ -900,7 +943,7 @@ void sweep_panel(
       factor * load(keys.w_score + unit + lanes<T>)};
   // Of grad_score * tanh, with the sums that sweep_rows_of makes taken twice.
   Vec<T> score[2] = {};
-  T rest = 0;
+  Vec<T> rest_lanes = {};
   bool any_direct = false;
   for (int64_t b = 0; b < rows; b += attention_block) {
     const int64_t left = rows - b;
@@ -918,14 +961,15 @@ void sweep_panel(
         width);
     space.factored[b / attention_block] = factored;
     any_direct |= !factored;
-    for (int64_t r = 0; r < count && factored; ++r) {
-      rest += row_sums[b + r];
+    for (int64_t r = 0; r < count && factored; r += lanes<T>) {
+      rest_lanes += load_up_to(row_sums + b + r, count - r, T(0));
     }
     for (int64_t r = 0; r < count; ++r) {
       space.query_sum[b + r][0] = Vec<T>{};
       space.query_sum[b + r][1] = Vec<T>{};
     }
   }
+  const Vec<T> rest = broadcast(sum_lanes<T>(rest_lanes));
   for (int64_t i = 0; i < keys.count; i += key_block) {
     const int64_t left = keys.count - i;
     const int64_t count = left < key_block ? left : key_block;
@@ -973,24 +1017,36 @@ void sweep_panel(
       }
     }
   }
+  // tanh is 1 for all keys where a query was cut off.
+  const Vec<T> highest = activation<T>(
+      broadcast(keys.factor_limit), static_cast<T>(denominator_unit));
+  const Vec<T> lowest = activation<T>(
+      broadcast(-keys.factor_limit), static_cast<T>(denominator_unit));
+  for (int64_t b = 0; b < rows; ++b) {
+    Vec<T> grad[2];
+    for (int v = 0; v < 2; ++v) {
+      grad[v] = w[v] * space.query_sum[b][v];
+      const Vec<T> at = load(space.query[b] + v * lanes<T>);
+      const Vec<T> kept =
+          (at >= highest) | (at <= lowest) ? Vec<T>{} : grad[v];
+      grad[v] = space.factored[b / attention_block] ? kept : grad[v];
+    }
+    T* to = grad_query + b * keys.hidden + unit;
+    if (units >= width) {
+      store(to, grad[0]);
+      store(to + lanes<T>, grad[1]);
+    } else {
+      for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
+        store_up_to(to + v * lanes<T>, units - v * lanes<T>, grad[v]);
+      }
+    }
+  }
   for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
     const int64_t in_vector = units - v * lanes<T>;
-    const int64_t at = unit + v * lanes<T>;
-    for (int64_t b = 0; b < rows; ++b) {
-      Vec<T> grad = w[v] * space.query_sum[b][v];
-      if (space.factored[b / attention_block]) {
-        // tanh is 1 for all keys beyond the limit.
-        const Vec<T> limit = broadcast(keys.factor_limit);
-        const Vec<T> size = absolute<T>(
-            load_up_to(query + b * keys.hidden + at, in_vector, T(0)));
-        grad = size > limit ? Vec<T>{} : grad;
-      }
-      store_up_to(grad_query + b * keys.hidden + at, in_vector, grad);
-    }
+    T* to = grad_w_score + unit + v * lanes<T>;
     const Vec<T> before =
-        accumulate ? load_up_to(grad_w_score + at, in_vector, T(0)) : Vec<T>{};
-    store_up_to(
-        grad_w_score + at, in_vector, before + (rest - T(2) * score[v]));
+        accumulate ? load_up_to(to, in_vector, T(0)) : Vec<T>{};
+    store_up_to(to, in_vector, before + (rest - T(2) * score[v]));
   }
 }
 

@@ -5,6 +5,7 @@
 // cache; a panel of A, packed just before its use, in the first-level one.
 #include "gemm.h"
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace kdci::KDCI_SIMD {
@@ -30,83 +31,56 @@ struct Workspace {
 template <typename T>
 thread_local Workspace<T> workspace;
 
-// to[k * width + p] = factor * from[p * stride + k] for p, k < 4.
+// to[k * width + p] = from[p * p_stride + k] for p < count, and 0 for count <= p
+// < width, a multiple of lanes<T>: by squares that are transposed in registers.
 template <typename T>
-inline void transpose_block(
+void pack_rows(
+    int64_t width,
+    int64_t count,
+    int64_t depth,
     const T* from,
-    int64_t stride,
-    T factor,
-    T* to,
-    int64_t width) {
-  typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
-  typedef T QuadAnywhere __attribute__((
-      vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
-  Quad row[4];
-  for (int p = 0; p < 4; ++p) {
-    row[p] = *reinterpret_cast<const QuadAnywhere*>(from + p * stride);
-  }
-  const Quad low02 = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
-  const Quad high02 = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
-  const Quad low13 = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
-  const Quad high13 = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
-  const Quad column[4] = {
-      __builtin_shufflevector(low02, low13, 0, 4, 1, 5),
-      __builtin_shufflevector(low02, low13, 2, 6, 3, 7),
-      __builtin_shufflevector(high02, high13, 0, 4, 1, 5),
-      __builtin_shufflevector(high02, high13, 2, 6, 3, 7)};
-  for (int k = 0; k < 4; ++k) {
-    *reinterpret_cast<QuadAnywhere*>(to + k * width) = factor * column[k];
+    int64_t p_stride,
+    T* to) {
+  for (int64_t p = 0; p < width; p += lanes<T>) {
+    for (int64_t k = 0; k < depth; k += lanes<T>) {
+      Vec<T> square[lanes<T>] = {};
+      for (int64_t i = 0; i < lanes<T> && p + i < count; ++i) {
+        square[i] = load_up_to(from + (p + i) * p_stride + k, depth - k, T(0));
+      }
+      transpose<lanes<T> / 2, T>(square);
+      for (int64_t i = 0; i < lanes<T> && k + i < depth; ++i) {
+        store(to + (k + i) * width + p, square[i]);
+      }
+    }
   }
 }
 
-// to[k * width + p] = factor * from[p * p_stride + k * k_stride] for p < count,
-// and 0 for count <= p < width. The factor is applied here and not to sums,
-// since whether the compiler fuses that product with the addition to C could
-// differ from one kind of tile to another.
+// to[k * width + p] = from[p * p_stride + k * k_stride] for p < count, and 0 for
+// count <= p < width.
 template <typename T>
 void pack(
     int64_t width,
     int64_t count,
     int64_t depth,
-    T factor,
     const T* from,
     int64_t p_stride,
     int64_t k_stride,
     T* to) {
-  int64_t transposed_rows = 0;
-  int64_t transposed_depth = 0;
-  if (p_stride != 1 && k_stride == 1) {
-    transposed_rows = count / 4 * 4;
-    transposed_depth = depth / 4 * 4;
-    for (int64_t p = 0; p < transposed_rows; p += 4) {
-      for (int64_t k = 0; k < transposed_depth; k += 4) {
-        transpose_block(
-            from + p * p_stride + k,
-            p_stride,
-            factor,
-            to + k * width + p,
-            width);
-      }
-    }
+  if (p_stride != 1 && k_stride == 1 && width % lanes<T> == 0) {
+    pack_rows(width, count, depth, from, p_stride, to);
+    return;
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const int64_t begin = k < transposed_depth ? transposed_rows : 0;
     const T* source = from + k * k_stride;
     T* target = to + k * width;
-    if (p_stride == 1) {
-      int64_t p = 0;
-      for (; p + lanes<T> <= count; p += lanes<T>) {
-        store(target + p, factor * load(source + p));
-      }
-      for (; p < count; ++p) {
-        target[p] = factor * source[p];
-      }
-    } else {
-      for (int64_t p = begin; p < count; ++p) {
-        target[p] = factor * source[p * p_stride];
-      }
+    int64_t p = 0;
+    for (; p_stride == 1 && p + lanes<T> <= count; p += lanes<T>) {
+      store(target + p, load(source + p));
     }
-    for (int64_t p = count; p < width; ++p) {
+    for (; p < count; ++p) {
+      target[p] = source[p * p_stride];
+    }
+    for (; p < width; ++p) {
       target[p] = 0;
     }
   }
@@ -172,6 +146,51 @@ void multiply_tile(
   }
 }
 
+// The columns of C that a tile turned on its side has at most: where the last
+// columns would leave most of a vector empty, the vectors hold rows.
+constexpr int turned_columns = vector_bytes == 64 ? 12 : 4;
+
+// Rows [0, m) of a C of up to turned_columns columns, m a multiple of two
+// vectors, where the columns of A are contiguous.
+template <typename T>
+void multiply_turned(
+    int64_t m,
+    int64_t n,
+    int64_t depth,
+    const T* a,
+    int64_t a_col,
+    const T* b, // packed, turned_columns wide
+    T* c,
+    int64_t c_row,
+    bool accumulate) {
+  constexpr int64_t height = 2 * lanes<T>;
+  for (int64_t i = 0; i < m; i += height) {
+    Vec<T> sum[turned_columns][2] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vec<T> a0 = load(a + k * a_col + i);
+      const Vec<T> a1 = load(a + k * a_col + i + lanes<T>);
+#pragma GCC unroll 12
+      for (int j = 0; j < turned_columns; ++j) {
+        const Vec<T> b_value = broadcast(b[k * turned_columns + j]);
+        sum[j][0] += a0 * b_value;
+        sum[j][1] += a1 * b_value;
+      }
+    }
+    alignas(64) T turned[turned_columns][height];
+#pragma GCC unroll 12
+    for (int j = 0; j < turned_columns; ++j) {
+      store(turned[j], sum[j][0]);
+      store(turned[j] + lanes<T>, sum[j][1]);
+    }
+    for (int64_t r = 0; r < height; ++r) {
+      T* to = c + (i + r) * c_row;
+      for (int64_t j = 0; j < n; ++j) {
+        to[j] = accumulate ? to[j] + turned[j][r] : turned[j][r];
+      }
+    }
+  }
+}
+
 template <typename T>
 constexpr int64_t panel_width(int64_t columns) {
   const int64_t vectors = (columns + lanes<T> - 1) / lanes<T>;
@@ -183,11 +202,10 @@ inline int64_t smaller(int64_t a, int64_t b) {
 }
 
 template <typename T>
-void multiply(
+void multiply_tiles(
     int64_t m,
     int64_t n,
     int64_t depth,
-    T alpha,
     const T* a,
     int64_t a_row,
     int64_t a_col,
@@ -217,7 +235,6 @@ void multiply(
             width,
             smaller(width, j_count - j),
             k_count,
-            T(1),
             from,
             b_col,
             b_row,
@@ -227,11 +244,10 @@ void multiply(
       for (int64_t i = 0; i < m; i += tile_rows) {
         const int64_t rows = smaller(tile_rows, m - i);
         const T* from = a + i * a_row + k0 * a_col;
-        // Packing pays where columns of A that lie apart are used again.
-        const bool in_place = alpha == 1 && rows == tile_rows &&
-            (a_col == 1 || j_count <= tile_vectors * lanes<T>);
+        const bool in_place =
+            rows == tile_rows && (a_col == 1 || a_row == 1);
         if (!in_place) {
-          pack(tile_rows, rows, k_count, alpha, from, a_row, a_col, packed.a);
+          pack(tile_rows, rows, k_count, from, a_row, a_col, packed.a);
         }
         for (int64_t j = 0; j < j_count; j += tile_vectors * lanes<T>) {
           const int64_t width = panel_width<T>(j_count - j);
@@ -252,6 +268,74 @@ void multiply(
         }
       }
     }
+  }
+}
+
+template <typename T>
+void multiply(
+    int64_t m,
+    int64_t n,
+    int64_t depth,
+    const T* a,
+    int64_t a_row,
+    int64_t a_col,
+    const T* b,
+    int64_t b_row,
+    int64_t b_col,
+    T* c,
+    int64_t c_row,
+    bool accumulate) {
+  const int64_t last = n % lanes<T>;
+  const int64_t turned = m / (2 * lanes<T>) * (2 * lanes<T>);
+  if (a_row == 1 && 0 < last && last <= turned_columns &&
+      turned > 0 && depth > 0) {
+    n -= last;
+    T* packed = workspace<T>.b;
+    for (int64_t k0 = 0; k0 < depth; k0 += block_depth<T>) {
+      const int64_t k_count = smaller(block_depth<T>, depth - k0);
+      const T* from = b + k0 * b_row + n * b_col;
+      pack(turned_columns, last, k_count, from, b_col, b_row, packed);
+      multiply_turned(
+          turned,
+          last,
+          k_count,
+          a + k0 * a_col,
+          a_col,
+          packed,
+          c + n,
+          c_row,
+          accumulate || k0 > 0);
+    }
+    if (turned < m) {
+      multiply_tiles(
+          m - turned,
+          last,
+          depth,
+          a + turned,
+          a_row,
+          a_col,
+          b + n * b_col,
+          b_row,
+          b_col,
+          c + turned * c_row + n,
+          c_row,
+          accumulate);
+    }
+  }
+  if (n > 0) {
+    multiply_tiles(
+        m,
+        n,
+        depth,
+        a,
+        a_row,
+        a_col,
+        b,
+        b_row,
+        b_col,
+        c,
+        c_row,
+        accumulate);
   }
 }
 

@@ -15,7 +15,6 @@ using GemmFunction = void (*)(
     int64_t m,
     int64_t n,
     int64_t depth,
-    T alpha,
     const T* a,
     int64_t a_row,
     int64_t a_col,
@@ -33,7 +32,7 @@ struct GemmKernels {
 
 KDCI_DECLARE_PER_LEVEL(GemmKernels, gemm_kernels)
 
-/// C[i * c_row + j] (+)= alpha * sum_k A[i * a_row + k * a_col] *
+/// C[i * c_row + j] (+)= sum_k A[i * a_row + k * a_col] *
 /// B[k * b_row + j * b_col] for i < m, j < n, k < depth. A transpose is a swap
 /// of strides. An element's value depends on neither m, n nor its position, so
 /// products computed in pieces are bitwise those computed whole.
@@ -41,7 +40,6 @@ static inline void gemm(
     int64_t m,
     int64_t n,
     int64_t depth,
-    float alpha,
     const float* a,
     int64_t a_row,
     int64_t a_col,
@@ -55,7 +53,6 @@ static inline void gemm(
       m,
       n,
       depth,
-      alpha,
       a,
       a_row,
       a_col,
@@ -71,7 +68,6 @@ static inline void gemm(
     int64_t m,
     int64_t n,
     int64_t depth,
-    double alpha,
     const double* a,
     int64_t a_row,
     int64_t a_col,
@@ -85,7 +81,6 @@ static inline void gemm(
       m,
       n,
       depth,
-      alpha,
       a,
       a_row,
       a_col,

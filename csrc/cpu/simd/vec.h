@@ -6,6 +6,10 @@
 // copy of a function compiled for one level can serve another.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstddef>
 #include <cstdint>
 
@@ -56,6 +60,56 @@ inline void store(T* to, Vec<T> value) {
 template <typename T>
 inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};
+}
+
+/// The first `count` < lanes values, and `fill` after them.
+template <typename T>
+inline Vec<T> load_first(const T* from, int64_t count, T fill) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
+  } else {
+    return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), mask, from);
+  }
+#else
+  Vec<T> values = broadcast(fill);
+  for (int64_t lane = 0; lane < count; ++lane) {
+    values[lane] = from[lane];
+  }
+  return values;
+#endif
+}
+
+template <typename T>
+inline void store_first(T* to, int64_t count, Vec<T> values) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, mask, values);
+  } else {
+    _mm512_mask_storeu_pd(to, mask, values);
+  }
+#else
+  for (int64_t lane = 0; lane < count; ++lane) {
+    to[lane] = values[lane];
+  }
+#endif
+}
+
+/// load_first and store_first that also take whole vectors.
+template <typename T>
+inline Vec<T> load_up_to(const T* from, int64_t count, T fill) {
+  return count >= lanes<T> ? load(from) : load_first(from, count, fill);
+}
+
+template <typename T>
+inline void store_up_to(T* to, int64_t count, Vec<T> values) {
+  if (count >= lanes<T>) {
+    store(to, values);
+  } else {
+    store_first(to, count, values);
+  }
 }
 
 } // namespace kdci::KDCI_SIMD
