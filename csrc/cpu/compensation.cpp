@@ -102,18 +102,17 @@ Compensation<T>::Compensation(
   keys_.inverse_score = arena.take<T>(padded);
   keys_.panel_largest = arena.take<T>(keys_.panels);
   keys_.panel_sum = arena.take<T>(keys_.panels);
+  factors_ = arena.take<T>(in_.prototypes);
   keys_.folded = nullptr;
   if (passes != Passes::backward) {
     // Once all queries have been attended to, the memory is free for the
     // gradient of the keys.
     keys_.folded = arena.take<T>(keys_.count * padded);
     grad_key_ = keys_.folded;
-    prior_ = arena.take<T>(in_.prototypes * in_.classes);
     log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
   }
   if (passes != Passes::forward) {
     const int64_t slab = slab_rows();
-    factors_ = arena.take<T>(in_.prototypes);
     grad_score_ = arena.take<T>(slab * in_.prototypes);
     row_sums_ = arena.take<T>(slab);
     if (passes == Passes::backward) {
@@ -167,21 +166,13 @@ void Compensation<T>::prepare(T* key, bool project) {
               false);
         }
         kernels_.pack_keys(keys_, begin, end);
-        // The prototypes are shared out along with the panels.
-        const int64_t last = end * in_.prototypes / keys_.panels;
-        for (int64_t i = begin * in_.prototypes / keys_.panels; i < last; ++i) {
-          const T by = factor(i);
-          if (factors_ != nullptr) {
-            factors_[i] = by;
-          }
-          for (int64_t c = 0; c < d && prior_ != nullptr; ++c) {
-            prior_[i * d + c] = by * in_.z[i * d + c];
-          }
-          if (log_proportions_ != nullptr) {
-            log_proportions_[i] = std::log(in_.proportions[i]);
-          }
-        }
       });
+  for (int64_t i = 0; i < in_.prototypes; ++i) {
+    factors_[i] = in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
+    if (log_proportions_ != nullptr) {
+      log_proportions_[i] = std::log(in_.proportions[i]);
+    }
+  }
   kernels_.finish_keys(keys_);
 }
 
@@ -233,12 +224,13 @@ void Compensation<T>::compensate(
       weights + first * in_.prototypes,
       in_.prototypes,
       1,
-      prior_,
+      in_.z,
       d,
       1,
       compensated + first * d,
       d,
-      false);
+      false,
+      factors_);
   // Added last, so that sums of many prototypes are not rounded to the
   // logits' digits more than once.
   for (int64_t i = first * d; i < (first + rows) * d; ++i) {
@@ -432,7 +424,7 @@ void Compensation<T>::finish_dictionary_grads(CompensationGrads& grads) {
                 : 0;
           }
           for (int64_t c = 0; c < d; ++c) {
-            grad_z[i * d + c] *= factor(i);
+            grad_z[i * d + c] *= factors_[i];
           }
         }
         gemm(

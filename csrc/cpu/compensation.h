@@ -127,18 +127,12 @@ class Compensation {
       CompensationGrads& grads);
   void finish_dictionary_grads(CompensationGrads& grads);
 
-  /// The factor of prototype i in what the weights average.
-  T factor(int64_t i) const {
-    return in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
-  }
-
   CompensationInputs<T> in_;
   const AttentionKernels<T>& kernels_;
   Passes passes_;
   AttentionKeys<T> keys_;
-  T* prior_ = nullptr;           // [K, d], what the weights average
+  T* factors_ = nullptr;         // [K], of the prototypes in the average
   T* log_proportions_ = nullptr; // [K], null for the paper's weighting
-  T* factors_ = nullptr;         // [K]
   T* grad_key_ = nullptr;        // [K, H]
   T* grad_query_ = nullptr;      // [slab, H]
   T* grad_score_ = nullptr;      // [slab, K]

@@ -56,7 +56,7 @@ void pack_rows(
 }
 
 // to[k * width + p] = from[p * p_stride + k * k_stride] for p < count, and 0 for
-// count <= p < width.
+// count <= p < width; times factors[k] unless that is null.
 template <typename T>
 void pack(
     int64_t width,
@@ -65,20 +65,23 @@ void pack(
     const T* from,
     int64_t p_stride,
     int64_t k_stride,
+    const T* factors,
     T* to) {
-  if (p_stride != 1 && k_stride == 1 && width % lanes<T> == 0) {
+  if (p_stride != 1 && k_stride == 1 && width % lanes<T> == 0 &&
+      factors == nullptr) {
     pack_rows(width, count, depth, from, p_stride, to);
     return;
   }
   for (int64_t k = 0; k < depth; ++k) {
     const T* source = from + k * k_stride;
     T* target = to + k * width;
+    const T factor = factors != nullptr ? factors[k] : 1;
     int64_t p = 0;
     for (; p_stride == 1 && p + lanes<T> <= count; p += lanes<T>) {
-      store(target + p, load(source + p));
+      store(target + p, factor * load(source + p));
     }
     for (; p < count; ++p) {
-      target[p] = source[p * p_stride];
+      target[p] = factor * source[p * p_stride];
     }
     for (; p < width; ++p) {
       target[p] = 0;
@@ -212,6 +215,7 @@ void multiply_tiles(
     const T* b,
     int64_t b_row,
     int64_t b_col,
+    const T* factors,
     T* c,
     int64_t c_row,
     bool accumulate) {
@@ -238,6 +242,7 @@ void multiply_tiles(
             from,
             b_col,
             b_row,
+            factors != nullptr ? factors + k0 : nullptr,
             packed.b + j * k_count);
       }
       const bool add = accumulate || k0 > 0;
@@ -247,7 +252,8 @@ void multiply_tiles(
         const bool in_place =
             rows == tile_rows && (a_col == 1 || a_row == 1);
         if (!in_place) {
-          pack(tile_rows, rows, k_count, from, a_row, a_col, packed.a);
+          pack<T>(
+              tile_rows, rows, k_count, from, a_row, a_col, nullptr, packed.a);
         }
         for (int64_t j = 0; j < j_count; j += tile_vectors * lanes<T>) {
           const int64_t width = panel_width<T>(j_count - j);
@@ -282,6 +288,7 @@ void multiply(
     const T* b,
     int64_t b_row,
     int64_t b_col,
+    const T* factors,
     T* c,
     int64_t c_row,
     bool accumulate) {
@@ -294,7 +301,9 @@ void multiply(
     for (int64_t k0 = 0; k0 < depth; k0 += block_depth<T>) {
       const int64_t k_count = smaller(block_depth<T>, depth - k0);
       const T* from = b + k0 * b_row + n * b_col;
-      pack(turned_columns, last, k_count, from, b_col, b_row, packed);
+      const T* by = factors != nullptr ? factors + k0 : nullptr;
+      pack(
+          turned_columns, last, k_count, from, b_col, b_row, by, packed);
       multiply_turned(
           turned,
           last,
@@ -317,6 +326,7 @@ void multiply(
           b + n * b_col,
           b_row,
           b_col,
+          factors,
           c + turned * c_row + n,
           c_row,
           accumulate);
@@ -333,6 +343,7 @@ void multiply(
         b,
         b_row,
         b_col,
+        factors,
         c,
         c_row,
         accumulate);
@@ -341,6 +352,7 @@ void multiply(
 
 } // namespace
 
-const GemmKernels gemm_kernels = {multiply<float>, multiply<double>};
+extern const GemmKernels<float> gemm_kernels_float = {multiply<float>};
+extern const GemmKernels<double> gemm_kernels_double = {multiply<double>};
 
 } // namespace kdci::KDCI_SIMD

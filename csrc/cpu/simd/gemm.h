@@ -11,7 +11,32 @@
 namespace kdci {
 
 template <typename T>
-using GemmFunction = void (*)(
+struct GemmKernels {
+  void (*multiply)(
+      int64_t m,
+      int64_t n,
+      int64_t depth,
+      const T* a,
+      int64_t a_row,
+      int64_t a_col,
+      const T* b,
+      int64_t b_row,
+      int64_t b_col,
+      const T* factors,
+      T* c,
+      int64_t c_row,
+      bool accumulate);
+};
+
+KDCI_DECLARE_PER_TYPE(GemmKernels, gemm_kernels)
+
+/// C[i * c_row + j] (+)= sum_k A[i * a_row + k * a_col] * B[k * b_row + j *
+/// b_col] for i < m, j < n, k < depth; with `factors` [depth] row k of B counts
+/// factors[k] times. A transpose is a swap of strides. An element's value
+/// depends on neither m, n nor its position, so products computed in pieces are
+/// bitwise those computed whole.
+template <typename T>
+static inline void gemm(
     int64_t m,
     int64_t n,
     int64_t depth,
@@ -23,33 +48,9 @@ using GemmFunction = void (*)(
     int64_t b_col,
     T* c,
     int64_t c_row,
-    bool accumulate);
-
-struct GemmKernels {
-  GemmFunction<float> sgemm;
-  GemmFunction<double> dgemm;
-};
-
-KDCI_DECLARE_PER_LEVEL(GemmKernels, gemm_kernels)
-
-/// C[i * c_row + j] (+)= sum_k A[i * a_row + k * a_col] *
-/// B[k * b_row + j * b_col] for i < m, j < n, k < depth. A transpose is a swap
-/// of strides. An element's value depends on neither m, n nor its position, so
-/// products computed in pieces are bitwise those computed whole.
-static inline void gemm(
-    int64_t m,
-    int64_t n,
-    int64_t depth,
-    const float* a,
-    int64_t a_row,
-    int64_t a_col,
-    const float* b,
-    int64_t b_row,
-    int64_t b_col,
-    float* c,
-    int64_t c_row,
-    bool accumulate) {
-  gemm_kernels().sgemm(
+    bool accumulate,
+    const T* factors = nullptr) {
+  gemm_kernels<T>().multiply(
       m,
       n,
       depth,
@@ -59,34 +60,7 @@ static inline void gemm(
       b,
       b_row,
       b_col,
-      c,
-      c_row,
-      accumulate);
-}
-
-static inline void gemm(
-    int64_t m,
-    int64_t n,
-    int64_t depth,
-    const double* a,
-    int64_t a_row,
-    int64_t a_col,
-    const double* b,
-    int64_t b_row,
-    int64_t b_col,
-    double* c,
-    int64_t c_row,
-    bool accumulate) {
-  gemm_kernels().dgemm(
-      m,
-      n,
-      depth,
-      a,
-      a_row,
-      a_col,
-      b,
-      b_row,
-      b_col,
+      factors,
       c,
       c_row,
       accumulate);
