@@ -6,6 +6,11 @@ them alike. The figure of a contender is the median over its rounds; the spread 
 Times are of the process's CPU clock on one thread, and of the wall clock on several (there, threads
 that wait burn CPU time) and on a GPU.
 
+Calls that last less than ``SLOW_S`` are timed as they are in a loop: after another contender's
+turn, caches, branch predictors and the allocator's free memory are that one's, which the first calls
+pay for (one of 0.2 ms takes up to five times as long), so that calls of ``LEAD_S`` come before each
+sample and are not timed.
+
 Beside every sample runs a check: a short burst of float32 matrix products, whose rate is bound by
 the multipliers alone. A sample whose check, before or after it, falls more than ``TOLERANCE`` below
 the best rate seen was disturbed: it is dropped and repeated. The CPU clock does not see that
@@ -43,6 +48,8 @@ MAX_REJECTED = 50
 MAX_ROUNDS = 200
 SAMPLE_S = 2e-3
 """A sample is the mean over so many calls that it lasts about this long, since clocks tick."""
+LEAD_S = 1e-2
+"""How long the calls before a sample take that are not timed."""
 SLOW_S = 0.3
 """A call that lasts longer needs no warm-up: its first call is its first sample."""
 
@@ -142,9 +149,13 @@ def make_timer(threads: int, device: str = "cpu") -> Timer:
 
 @dataclass
 class _Record:
-    """The samples of a contender so far; a sample is (milliseconds, rate of its worse check)."""
+    """The samples of a contender so far; a sample is (milliseconds, rate of its worse check).
+
+    A sample is the mean of ``calls`` calls, after ``lead`` that are not timed.
+    """
 
     calls: int = 1
+    lead: int = 0
     samples: list[tuple[float, float]] = field(default_factory=list)
     rejected: int = 0
     spent: float = 0.0
@@ -185,6 +196,8 @@ def measure(
         """Take a sample, keep it if its check allows, and return the wall time of a call."""
         record = records[contender.name]
         before, result = last_check[0], None
+        for _ in range(record.lead):
+            contender.run(seed)
         wall, cpu, start = timer.wall(), timer.cpu(), timer.clock()
         for _ in range(record.calls):
             result = contender.run(seed)
@@ -216,10 +229,15 @@ def measure(
     try:
         for contender in contenders:
             if sample(contender, 0) < SLOW_S:
-                wall = timer.wall()
-                contender.run(0)
-                calls = max(1, round(SAMPLE_S / max(timer.wall() - wall, 1e-9)))
-                records[contender.name] = _Record(calls)  # the first call was the warm-up
+                began = timer.wall()
+                while timer.wall() - began < SAMPLE_S:
+                    wall = timer.wall()
+                    contender.run(0)
+                    wall = timer.wall() - wall
+                calls, lead = (
+                    max(1, round(duration / max(wall, 1e-9))) for duration in (SAMPLE_S, LEAD_S)
+                )
+                records[contender.name] = _Record(calls, lead)
         began, rounds = timer.wall(), 0
         while rounds < min_rounds or (rounds < MAX_ROUNDS and timer.wall() - began < seconds):
             for contender in contenders:

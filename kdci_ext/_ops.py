@@ -225,7 +225,10 @@ class _Compensate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Grads:
-        return _compensate_backward(ctx, grad)
+        if torch.is_grad_enabled():  # for a second derivative, which is refused in time
+            return _compensate_backward(ctx, grad)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _compensate_backward(ctx, grad)
 
 
 class _CompensatedKDLoss(torch.autograd.Function):
@@ -351,6 +354,8 @@ def compensate(*inputs: Any) -> Tensor:
         if _needs_grad(tensors):
             return _apply_compensate(*inputs)  # type: ignore[no-any-return]
         _refuse_forward_mode("compensate", tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
     return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
 
 
@@ -370,6 +375,9 @@ def compensated_kd_loss(*inputs: Any) -> Tensor:
         if need_grad:
             return _apply_kd_loss(*inputs, need_grad, dictionary_grad)  # type: ignore[no-any-return]
         _refuse_forward_mode("compensated_kd_loss", tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            loss = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs, False, False)
+        return loss[0]  # type: ignore[no-any-return]
     loss = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs, need_grad, dictionary_grad)
     return loss[0]  # type: ignore[no-any-return]
 
@@ -379,7 +387,7 @@ def _needs_grad(tensors: tuple[Tensor, ...]) -> bool:
 
     In eager mode it then gets them by functions of ours: what ``register_autograd`` makes costs
     four times as much, as long as the kernels at the smallest shapes, but is what torch.compile
-    sees.
+    sees. So does passing it by where no gradients are wanted.
     """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

@@ -230,12 +230,10 @@ void Compensation<T>::compensate(
       compensated + first * d,
       d,
       false,
-      factors_);
-  // Added last, so that sums of many prototypes are not rounded to the
-  // logits' digits more than once.
-  for (int64_t i = first * d; i < (first + rows) * d; ++i) {
-    compensated[i] += in_.logits[i];
-  }
+      factors_,
+      // Added last, so that sums of many prototypes are not rounded to the
+      // logits' digits more than once.
+      in_.logits + first * d);
 }
 
 template <typename T>
@@ -250,6 +248,7 @@ void Compensation<T>::backward(
   const int64_t width = kernels_.panel_width;
   const int64_t slab = slab_rows();
   T* grad_logits = data<T>(grads.logits);
+  const bool in_place = grad_compensated == grad_logits;
   // Once at least, so that the sums of an empty batch are set.
   int64_t begin = 0;
   do {
@@ -260,10 +259,6 @@ void Compensation<T>::backward(
     const T* slab_query = query == nullptr ? grad_query : query;
     T* grad_score = grad_score_ - begin * count;
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
-      if (grad_compensated != grad_logits) {
-        std::copy_n(
-            grad_compensated + first * d, rows * d, grad_logits + first * d);
-      }
       if (query == nullptr) {
         project_queries(first, rows, grad_query);
       }
@@ -271,7 +266,7 @@ void Compensation<T>::backward(
           rows,
           count,
           d,
-          grad_logits + first * d,
+          grad_compensated + first * d,
           d,
           1,
           in_.z,
@@ -289,7 +284,8 @@ void Compensation<T>::backward(
           row_sums_ + (first - begin));
     });
     if (grads.dictionary) {
-      add_dictionary_grads(begin, end - begin, weights, grads);
+      add_dictionary_grads(
+          begin, end - begin, grad_compensated, weights, grads);
     }
     torch::stable::parallel_for(
         0,
@@ -324,7 +320,7 @@ void Compensation<T>::backward(
               begin > 0);
         });
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
-      gemm(
+      gemm<T>(
           rows,
           d,
           hidden,
@@ -336,7 +332,9 @@ void Compensation<T>::backward(
           1,
           grad_logits + first * d,
           d,
-          true);
+          in_place,
+          nullptr,
+          in_place ? nullptr : grad_compensated + first * d);
     });
     begin += slab;
   } while (begin < in_.batch);
@@ -369,6 +367,7 @@ template <typename T>
 void Compensation<T>::add_dictionary_grads(
     int64_t first,
     int64_t rows,
+    const T* grad_compensated,
     const T* weights,
     CompensationGrads& grads) {
   const int64_t d = in_.classes;
@@ -383,7 +382,7 @@ void Compensation<T>::add_dictionary_grads(
             weights + first * count + begin,
             1,
             count,
-            const_data<T>(grads.logits) + first * d,
+            grad_compensated + first * d,
             d,
             1,
             data<T>(grads.prototypes) + begin * d,

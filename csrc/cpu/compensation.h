@@ -123,6 +123,7 @@ class Compensation {
   void add_dictionary_grads(
       int64_t first,
       int64_t rows,
+      const T* grad_compensated,
       const T* weights,
       CompensationGrads& grads);
   void finish_dictionary_grads(CompensationGrads& grads);

@@ -102,7 +102,8 @@ void multiply_tile(
     int64_t c_row,
     int64_t rows,
     int64_t columns,
-    bool accumulate) {
+    bool accumulate,
+    const T* addend) {
   constexpr int64_t width = vectors * lanes<T>;
   Vec<T> sum[tile_rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
@@ -120,31 +121,36 @@ void multiply_tile(
       }
     }
   }
-  // A tile that sticks out of C goes through a copy.
+  // A tile that sticks out of C is added up in a copy.
   T copy[tile_rows * width];
   const bool sticks_out = rows < tile_rows || columns < width;
   T* to = sticks_out ? copy : c;
   const int64_t to_row = sticks_out ? width : c_row;
-  if (sticks_out && accumulate) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        copy[i * width + j] = c[i * c_row + j];
-      }
-    }
-  }
 #pragma GCC unroll 8
   for (int i = 0; i < tile_rows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      T* target = to + i * to_row + v * lanes<T>;
-      store(target, accumulate ? load(target) + sum[i][v] : sum[i][v]);
+      Vec<T> value = sum[i][v];
+      if (!sticks_out && accumulate) {
+        value = load(c + i * c_row + v * lanes<T>) + value;
+      }
+      if (!sticks_out && addend != nullptr) {
+        value += load(addend + i * c_row + v * lanes<T>);
+      }
+      store(to + i * to_row + v * lanes<T>, value);
     }
   }
-  if (sticks_out) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        c[i * c_row + j] = copy[i * width + j];
+  for (int64_t i = 0; sticks_out && i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += lanes<T>) {
+      T* target = c + i * c_row + j;
+      Vec<T> value = load(copy + i * width + j);
+      if (accumulate) {
+        value = load_up_to(target, columns - j, T(0)) + value;
       }
+      if (addend != nullptr) {
+        value += load_up_to(addend + i * c_row + j, columns - j, T(0));
+      }
+      store_up_to(target, columns - j, value);
     }
   }
 }
@@ -165,7 +171,8 @@ void multiply_turned(
     const T* b, // packed, turned_columns wide
     T* c,
     int64_t c_row,
-    bool accumulate) {
+    bool accumulate,
+    const T* addend) {
   constexpr int64_t height = 2 * lanes<T>;
   for (int64_t i = 0; i < m; i += height) {
     Vec<T> sum[turned_columns][2] = {};
@@ -188,7 +195,8 @@ void multiply_turned(
     for (int64_t r = 0; r < height; ++r) {
       T* to = c + (i + r) * c_row;
       for (int64_t j = 0; j < n; ++j) {
-        to[j] = accumulate ? to[j] + turned[j][r] : turned[j][r];
+        const T value = accumulate ? to[j] + turned[j][r] : turned[j][r];
+        to[j] = addend != nullptr ? value + addend[(i + r) * c_row + j] : value;
       }
     }
   }
@@ -218,12 +226,13 @@ void multiply_tiles(
     const T* factors,
     T* c,
     int64_t c_row,
-    bool accumulate) {
-  if (depth == 0 && !accumulate) {
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        c[i * c_row + j] = 0;
-      }
+    bool accumulate,
+    const T* addend) {
+  for (int64_t i = 0; depth == 0 && i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const T value = accumulate ? c[i * c_row + j] : 0;
+      c[i * c_row + j] =
+          addend != nullptr ? value + addend[i * c_row + j] : value;
     }
   }
   Workspace<T>& packed = workspace<T>;
@@ -246,6 +255,7 @@ void multiply_tiles(
             packed.b + j * k_count);
       }
       const bool add = accumulate || k0 > 0;
+      const bool ends = addend != nullptr && k0 + k_count == depth;
       for (int64_t i = 0; i < m; i += tile_rows) {
         const int64_t rows = smaller(tile_rows, m - i);
         const T* from = a + i * a_row + k0 * a_col;
@@ -270,7 +280,8 @@ void multiply_tiles(
               c_row,
               rows,
               smaller(width, j_count - j),
-              add);
+              add,
+              ends ? addend + i * c_row + j0 + j : nullptr);
         }
       }
     }
@@ -291,7 +302,8 @@ void multiply(
     const T* factors,
     T* c,
     int64_t c_row,
-    bool accumulate) {
+    bool accumulate,
+    const T* addend) {
   const int64_t last = n % lanes<T>;
   const int64_t turned = m / (2 * lanes<T>) * (2 * lanes<T>);
   if (a_row == 1 && 0 < last && last <= turned_columns &&
@@ -313,7 +325,8 @@ void multiply(
           packed,
           c + n,
           c_row,
-          accumulate || k0 > 0);
+          accumulate || k0 > 0,
+          addend != nullptr && k0 + k_count == depth ? addend + n : nullptr);
     }
     if (turned < m) {
       multiply_tiles(
@@ -329,7 +342,8 @@ void multiply(
           factors,
           c + turned * c_row + n,
           c_row,
-          accumulate);
+          accumulate,
+          addend != nullptr ? addend + turned * c_row + n : nullptr);
     }
   }
   if (n > 0) {
@@ -346,7 +360,8 @@ void multiply(
         factors,
         c,
         c_row,
-        accumulate);
+        accumulate,
+        addend);
   }
 }
 

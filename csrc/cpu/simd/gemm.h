@@ -25,14 +25,16 @@ struct GemmKernels {
       const T* factors,
       T* c,
       int64_t c_row,
-      bool accumulate);
+      bool accumulate,
+      const T* addend);
 };
 
 KDCI_DECLARE_PER_TYPE(GemmKernels, gemm_kernels)
 
 /// C[i * c_row + j] (+)= sum_k A[i * a_row + k * a_col] * B[k * b_row + j *
 /// b_col] for i < m, j < n, k < depth; with `factors` [depth] row k of B counts
-/// factors[k] times. A transpose is a swap of strides. An element's value
+/// factors[k] times, and `addend`, stored like C and apart from it, is added
+/// last. A transpose is a swap of strides. An element's value
 /// depends on neither m, n nor its position, so products computed in pieces are
 /// bitwise those computed whole.
 template <typename T>
@@ -49,7 +51,8 @@ static inline void gemm(
     T* c,
     int64_t c_row,
     bool accumulate,
-    const T* factors = nullptr) {
+    const T* factors = nullptr,
+    const T* addend = nullptr) {
   gemm_kernels<T>().multiply(
       m,
       n,
@@ -63,7 +66,8 @@ static inline void gemm(
       factors,
       c,
       c_row,
-      accumulate);
+      accumulate,
+      addend);
 }
 
 } // namespace kdci
