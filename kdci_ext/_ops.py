@@ -195,11 +195,15 @@ def _kd_loss_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> 
     # derivative without a word.
     if torch.is_grad_enabled():
         raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
-    student, *rest = (
-        None if saved is None else saved * grad.to(saved.dtype)
-        for saved in _without_dictionary(ctx.saved_tensors, ctx.dictionary_grad)
-    )
-    return (student, None, *rest, None, None, None, None, None)
+    saved = ctx.saved_tensors
+    wanted = saved if ctx.dictionary_grad else (saved[0], *saved[3:])
+    if all(each.dtype == grad.dtype for each in wanted):
+        scaled = torch._foreach_mul(wanted, grad)  # one call for all
+    else:
+        scaled = [each * grad.to(each.dtype) for each in wanted]
+    student, *weights = scaled
+    dictionary = () if ctx.dictionary_grad else (None, None)
+    return (student, None, *dictionary, *weights, None, None, None, None, None)
 
 
 _NO_DOUBLE_BACKWARD = (

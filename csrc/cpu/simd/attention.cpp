@@ -1102,12 +1102,20 @@ double divergence(
     T inverse_temperature,
     T grad_factor) {
   const T infinity = __builtin_inff();
+  // The teacher's exponentials are kept of the first classes, and made again of
+  // the others.
+  constexpr int64_t most_kept = 1024;
+  alignas(64) T kept[most_kept];
   double total = 0;
   for (int64_t b = 0; b < rows; ++b) {
     T* s = student + b * classes;
     const T* t = teacher + b * classes;
     const T s_max = scaled_maximum(classes, s, inverse_temperature);
     const T t_max = scaled_maximum(classes, t, inverse_temperature);
+    const auto teacher_at = [&](int64_t c) {
+      return load_up_to(t + c, classes - c, -infinity) * inverse_temperature -
+          t_max;
+    };
     Vec<T> s_sum = {};
     Vec<T> t_sum = {};
     Vec<T> cross = {};
@@ -1115,12 +1123,18 @@ double divergence(
       const int64_t left = classes - c;
       const Vec<T> s_shifted =
           load_up_to(s + c, left, -infinity) * inverse_temperature - s_max;
-      const Vec<T> t_shifted =
-          load_up_to(t + c, left, -infinity) * inverse_temperature - t_max;
+      const Vec<T> t_shifted = teacher_at(c);
+      const Vec<T> s_exp = exponential_or_zero<T>(s_shifted);
       const Vec<T> t_exp = exponential_or_zero<T>(t_shifted);
-      s_sum += exponential_or_zero<T>(s_shifted);
+      s_sum += s_exp;
       t_sum += t_exp;
       cross += t_exp == Vec<T>{} ? t_exp : t_exp * (t_shifted - s_shifted);
+      if (grad_factor != 0) {
+        store_up_to(s + c, left, s_exp);
+        if (c + lanes<T> <= most_kept) {
+          store(kept + c, t_exp);
+        }
+      }
     }
     const T s_total = sum_lanes<T>(s_sum);
     const T t_total = sum_lanes<T>(t_sum);
@@ -1133,10 +1147,10 @@ double divergence(
     const T t_factor = grad_factor / t_total;
     for (int64_t c = 0; c < classes; c += lanes<T>) {
       const int64_t left = classes - c;
-      const Vec<T> s_exp = exponential_or_zero<T>(
-          load_up_to(s + c, left, -infinity) * inverse_temperature - s_max);
-      const Vec<T> t_exp = exponential_or_zero<T>(
-          load_up_to(t + c, left, -infinity) * inverse_temperature - t_max);
+      const Vec<T> s_exp = load_up_to(s + c, left, T(0));
+      const Vec<T> t_exp = c + lanes<T> <= most_kept
+          ? load(kept + c)
+          : exponential_or_zero<T>(teacher_at(c));
       store_up_to(s + c, left, s_factor * s_exp - t_factor * t_exp);
     }
   }
