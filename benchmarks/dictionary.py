@@ -71,6 +71,7 @@ SHAPES = (
 )
 SEEDING_ROWS = 16384
 LLOYD_STEPS = 8
+LLOYD_ROUNDS = 9
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ def _lloyd_ms(problem: Problem, timer: Timer) -> float:
         return Contender(name, run)
 
     both = [contender("short", 1), contender("long", 1 + LLOYD_STEPS)]
-    timings = measure(both, timer, seconds=0, min_rounds=3)
+    timings = measure(both, timer, seconds=0, min_rounds=LLOYD_ROUNDS)
     difference = timings["long"].median_ms - timings["short"].median_ms
     return difference / (made["long"] - made["short"])
 

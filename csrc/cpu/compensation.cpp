@@ -254,8 +254,8 @@ void Compensation<T>::backward(
   do {
     const int64_t end = std::min(begin + slab, in_.batch);
     // Pointers to where the whole batch would begin.
-    T* grad_query = passes_ == Passes::both ? query
-                                            : grad_query_ - begin * hidden;
+    T* grad_query =
+        passes_ == Passes::both ? query : grad_query_ - begin * hidden;
     const T* slab_query = query == nullptr ? grad_query : query;
     T* grad_score = grad_score_ - begin * count;
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
@@ -465,8 +465,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
   const int64_t hidden = w_score.size(0);
   const Tensor compensated = torch::stable::empty_like(tensors.logits);
   const Tensor weights = empty_cpu({batch, count}, tensors.dtype);
-  const int64_t kept =
-      tensors.logits.size(1) > reprojected_classes ? batch : 0;
+  const int64_t kept = tensors.logits.size(1) > reprojected_classes ? batch : 0;
   const Tensor query = empty_cpu({kept, hidden}, tensors.dtype);
   const Tensor key = empty_cpu({count, hidden}, tensors.dtype);
   dispatch_compute_type(tensors.dtype, [&](auto zero) {

@@ -83,7 +83,10 @@ template <typename T>
 class Compensation {
  public:
   /// Takes its buffers from `arena`.
-  Compensation(const CompensationInputs<T>& inputs, Arena& arena, Passes passes);
+  Compensation(
+      const CompensationInputs<T>& inputs,
+      Arena& arena,
+      Passes passes);
 
   /// Calls step(first, rows) on slices of rows [begin, end).
   template <typename Step>

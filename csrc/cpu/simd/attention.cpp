@@ -28,11 +28,6 @@ template <typename T>
 using IntVec = Vec<typename Bits<T>::type>;
 
 template <typename T>
-inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-
-template <typename T>
 inline Vec<T> absolute(Vec<T> x) {
   return maximum<T>(x, -x);
 }
@@ -102,25 +97,6 @@ inline void sum_lanes_of(Vec<T> (&values)[count], T* sums) {
   }
 }
 
-// The largest lane of each half, again and again; NaN lanes may be passed over.
-template <int size, typename T, int... lane>
-inline Vec<T> halves_maximum(
-    Vec<T> values,
-    std::integer_sequence<int, lane...>) {
-  return maximum<T>(
-      values, __builtin_shufflevector(values, values, (lane ^ (size / 2))...));
-}
-
-template <typename T, int size = int(lanes<T>)>
-inline T largest_lane(Vec<T> values) {
-  if constexpr (size == 1) {
-    return values[0];
-  } else {
-    return largest_lane<T, size / 2>(halves_maximum<size, T>(
-        values, std::make_integer_sequence<int, int(lanes<T>)>()));
-  }
-}
-
 // numerator / x; unless `divide` by an estimate of 14 bits and one Newton step,
 // which is as exact.
 template <bool divide, typename T>
@@ -168,7 +144,8 @@ struct ExpConstants<double> {
   static constexpr double log2_e = 0x1.71547652b82fep0;
   static constexpr double ln2_high = 0x1.62e42feep-1;
   static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr double tail[] = { // Taylor's
+  static constexpr double tail[] = {
+      // Taylor's
       1.0 / 2,
       1.0 / 6,
       1.0 / 24,
@@ -245,8 +222,8 @@ inline Vec<T> hyperbolic_tangent(Vec<T> x) {
 template <typename T>
 constexpr int64_t panel_width = 2 * lanes<T>;
 
-// tanh is computed directly where mean |query| + mean |key| is less than this or
-// |w_score| / largest_score_norm: the errors of 1 - 2 / (1 + e^2a e^2b) are
+// tanh is computed directly where mean |query| + mean |key| is less than this
+// or |w_score| / largest_score_norm: the errors of 1 - 2 / (1 + e^2a e^2b) are
 // absolute, and so relative to tanh large where that is small; they show in the
 // softmax where w_score is large. Below the bounds the error was seen to exceed
 // that of computing tanh.
@@ -297,8 +274,8 @@ void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
   }
   keys.score_scale = static_cast<T>(__builtin_ldexp(1.0, exponent));
   const T inverse = 1 / keys.score_scale;
-  const Vec<T> least = broadcast(
-      static_cast<T>(smallest_score) / static_cast<T>(hidden));
+  const Vec<T> least =
+      broadcast(static_cast<T>(smallest_score) / static_cast<T>(hidden));
   Vec<T> largest_unit = {};
   const int64_t padded = keys.panels * panel_width<T>;
   for (int64_t h = 0; h < padded; h += lanes<T>) {
@@ -311,10 +288,10 @@ void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
     largest_unit = h < hidden ? maximum<T>(unit, largest_unit) : largest_unit;
     store(keys.inverse_score + h, w < Vec<T>{} ? -unit : unit);
   }
-  const float spread = static_cast<float>(largest_lane<T>(largest_unit)) / score_unit;
+  const float spread =
+      static_cast<float>(largest_lane<T>(largest_unit)) / score_unit;
   keys.fold_range = finite
-      ? (largest_product_exponent - __builtin_log2f(spread)) /
-          log2_of_e_squared
+      ? (largest_product_exponent - __builtin_log2f(spread)) / log2_of_e_squared
       : 0;
 }
 
@@ -439,8 +416,9 @@ bool activate(
       const bool whole = first + width <= keys.hidden;
       for (int64_t b = 0; b < rows; ++b) {
         for (int64_t h = 0; h < width; h += lanes<T>) {
-          const Vec<T> value =
-              whole ? load(query + b * query_stride + first + h) : value_at(b, h);
+          const Vec<T> value = whole
+              ? load(query + b * query_stride + first + h)
+              : value_at(b, h);
           sum += absolute<T>(value);
           store(
               activations + b * stride + h,
@@ -491,8 +469,8 @@ inline void put_scores(
   static_assert(query_tile == 4);
   if (scores.by_key) {
     for (int64_t k = 0; k < keys_in_tile && i + k < keys.count; ++k) {
-      Quad& four = *reinterpret_cast<Quad*>(
-          scores.data + (i + k) * attention_block + b);
+      Quad& four =
+          *reinterpret_cast<Quad*>(scores.data + (i + k) * attention_block + b);
       const Quad part = reinterpret_cast<const Quad*>(sums)[k] * scale;
       four = first ? part : four + part;
     }
@@ -525,8 +503,8 @@ void add_folded_scores(
     // Queries and keys past the end repeat the last one, and are not stored.
     const T* key[key_tile];
     for (int64_t k = 0; k < key_tile; ++k) {
-      key[k] =
-          folded + (i + k < keys.count ? i + k : keys.count - 1) * panel_width<T>;
+      key[k] = folded +
+          (i + k < keys.count ? i + k : keys.count - 1) * panel_width<T>;
     }
     for (int64_t b = 0; b < rows; b += query_tile) {
       const T* query[query_tile];
@@ -553,7 +531,8 @@ void add_folded_scores(
       }
       T sums[query_tile * key_tile];
       sum_lanes_of<query_tile * key_tile, T>(sum, sums);
-      put_scores<key_tile, T>(keys, rows, b, i, first == 0, scale, sums, scores);
+      put_scores<key_tile, T>(
+          keys, rows, b, i, first == 0, scale, sums, scores);
     }
   }
 }
@@ -576,8 +555,7 @@ void add_direct_scores(
     for (int64_t i = 0; i < keys.count; ++i) {
       const T* key = keys.values + i * keys.hidden + first;
       Vec<T> sum[query_tile] = {};
-      for (int64_t h = 0; h < width && first + h < keys.hidden;
-           h += lanes<T>) {
+      for (int64_t h = 0; h < width && first + h < keys.hidden; h += lanes<T>) {
         const Vec<T> value =
             load_up_to(key + h, keys.hidden - (first + h), T(0));
         const Vec<T> w = load(keys.w_score + first + h);
@@ -695,9 +673,8 @@ void attend(
   const auto add_folded =
       divides_fast() ? add_folded_scores<true, T> : add_folded_scores<false, T>;
   const bool by_columns = keys.count <= most_columns;
-  const Scores<T> scores = by_columns
-      ? Scores<T>{columns, true}
-      : Scores<T>{weights, false};
+  const Scores<T> scores =
+      by_columns ? Scores<T>{columns, true} : Scores<T>{weights, false};
   const int64_t padded = keys.panels * panel_width<T>;
   for (int64_t first = 0; first < padded; first += span) {
     const int64_t left = padded - first;
@@ -713,8 +690,13 @@ void attend(
         T(1),
         activations,
         span);
-    (folded ? add_folded : add_direct_scores<T>)(
-        keys, rows, first, width, activations, span, scores);
+    (folded ? add_folded : add_direct_scores<T>)(keys,
+                                                 rows,
+                                                 first,
+                                                 width,
+                                                 activations,
+                                                 span,
+                                                 scores);
   }
   if (by_columns) {
     softmax_columns(rows, keys.count, log_prior, columns, weights);
@@ -761,8 +743,8 @@ void grad_scores(
 // cache.
 constexpr int64_t key_block = 64;
 
-// With AVX-512, 1 / (1 + e^2a e^2b) is an estimate that is refined; elsewhere one
-// division serves two terms, which the factor keeps within float's range.
+// With AVX-512, 1 / (1 + e^2a e^2b) is an estimate that is refined; elsewhere
+// one division serves two terms, which the factor keeps within float's range.
 constexpr bool estimates = vector_bytes == 64;
 constexpr float denominator_unit = estimates ? 1 : 0x1p-62f;
 
@@ -772,7 +754,7 @@ template <typename T>
 struct PanelSpace {
   alignas(64) T query[sweep_rows][panel_width<T>]; // activations
   Vec<T> query_sum[sweep_rows][2];
-  Vec<T> key[key_block][2]; // values
+  Vec<T> key[key_block][2];          // values
   Vec<T> exponentials[key_block][2]; // e^2key
   Vec<T> key_sum[key_block][2];
   bool factored[sweep_rows / attention_block];
@@ -996,16 +978,19 @@ void sweep_panel(
     for (int64_t b = 0; b < rows; b += attention_block) {
       const int64_t rows_left = rows - b;
       const bool factored = space.factored[b / attention_block];
-      (factored ? sweep_block<has_factored_form<T>, T> : sweep_block<false, T>)(
-          rows_left < attention_block ? rows_left : attention_block,
-          count,
-          space.query + b,
-          factored ? space.exponentials : space.key,
-          grad_score + b * keys.count + i,
-          keys.count,
-          space.query_sum + b,
-          space.key_sum,
-          score);
+      (factored
+           ? sweep_block<has_factored_form<T>, T>
+           : sweep_block<false, T>)(rows_left < attention_block
+                                        ? rows_left
+                                        : attention_block,
+                                    count,
+                                    space.query + b,
+                                    factored ? space.exponentials : space.key,
+                                    grad_score + b * keys.count + i,
+                                    keys.count,
+                                    space.query_sum + b,
+                                    space.key_sum,
+                                    score);
     }
     for (int64_t k = 0; k < count; ++k) {
       for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
@@ -1027,8 +1012,7 @@ void sweep_panel(
     for (int v = 0; v < 2; ++v) {
       grad[v] = w[v] * space.query_sum[b][v];
       const Vec<T> at = load(space.query[b] + v * lanes<T>);
-      const Vec<T> kept =
-          (at >= highest) | (at <= lowest) ? Vec<T>{} : grad[v];
+      const Vec<T> kept = (at >= highest) | (at <= lowest) ? Vec<T>{} : grad[v];
       grad[v] = space.factored[b / attention_block] ? kept : grad[v];
     }
     T* to = grad_query + b * keys.hidden + unit;

@@ -6,12 +6,12 @@
 //
 //   tanh(a + b) = 1 - 2 / (1 + e^2a e^2b)
 //
-// needs (B + K) H exponentials and a division for each two terms, or an estimate
-// of a reciprocal. The form is used for a block of queries where it is exact:
-// where the exponentials of the keys stay in range (queries so large that tanh
-// is 1 for all keys are cut off), and where tanh is not so small throughout that
-// 1 - 2 / (...) would lose its digits. Elsewhere, and in float64, tanh is
-// computed directly.
+// needs (B + K) H exponentials and a division for each two terms, or an
+// estimate of a reciprocal. The form is used for a block of queries where it is
+// exact: where the exponentials of the keys stay in range (queries so large
+// that tanh is 1 for all keys are cut off), and where tanh is not so small
+// throughout that 1 - 2 / (...) would lose its digits. Elsewhere, and in
+// float64, tanh is computed directly.
 #pragma once
 
 #include <cstdint>

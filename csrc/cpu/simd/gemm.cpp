@@ -31,8 +31,9 @@ struct Workspace {
 template <typename T>
 thread_local Workspace<T> workspace;
 
-// to[k * width + p] = from[p * p_stride + k] for p < count, and 0 for count <= p
-// < width, a multiple of lanes<T>: by squares that are transposed in registers.
+// to[k * width + p] = from[p * p_stride + k] for p < count, and 0 for count <=
+// p < width, a multiple of lanes<T>: by squares that are transposed in
+// registers.
 template <typename T>
 void pack_rows(
     int64_t width,
@@ -55,8 +56,8 @@ void pack_rows(
   }
 }
 
-// to[k * width + p] = from[p * p_stride + k * k_stride] for p < count, and 0 for
-// count <= p < width; times factors[k] unless that is null.
+// to[k * width + p] = from[p * p_stride + k * k_stride] for p < count, and 0
+// for count <= p < width; times factors[k] unless that is null.
 template <typename T>
 void pack(
     int64_t width,
@@ -259,8 +260,7 @@ void multiply_tiles(
       for (int64_t i = 0; i < m; i += tile_rows) {
         const int64_t rows = smaller(tile_rows, m - i);
         const T* from = a + i * a_row + k0 * a_col;
-        const bool in_place =
-            rows == tile_rows && (a_col == 1 || a_row == 1);
+        const bool in_place = rows == tile_rows && (a_col == 1 || a_row == 1);
         if (!in_place) {
           pack<T>(
               tile_rows, rows, k_count, from, a_row, a_col, nullptr, packed.a);
@@ -305,17 +305,16 @@ void multiply(
     bool accumulate,
     const T* addend) {
   const int64_t last = n % lanes<T>;
-  const int64_t turned = m / (2 * lanes<T>) * (2 * lanes<T>);
-  if (a_row == 1 && 0 < last && last <= turned_columns &&
-      turned > 0 && depth > 0) {
+  const int64_t turned = m / (2 * lanes<T>)*(2 * lanes<T>);
+  if (a_row == 1 && 0 < last && last <= turned_columns && turned > 0 &&
+      depth > 0) {
     n -= last;
     T* packed = workspace<T>.b;
     for (int64_t k0 = 0; k0 < depth; k0 += block_depth<T>) {
       const int64_t k_count = smaller(block_depth<T>, depth - k0);
       const T* from = b + k0 * b_row + n * b_col;
       const T* by = factors != nullptr ? factors + k0 : nullptr;
-      pack(
-          turned_columns, last, k_count, from, b_col, b_row, by, packed);
+      pack(turned_columns, last, k_count, from, b_col, b_row, by, packed);
       multiply_turned(
           turned,
           last,

@@ -88,11 +88,11 @@ KDCI_INLINE void square_lengths(
 
 /// The largest of a tile's values, none of them negative.
 KDCI_INLINE float largest_of(const float* values) {
-  float largest = 0;
-  for (int64_t i = 0; i < tile_points; ++i) {
-    largest = values[i] > largest ? values[i] : largest;
+  Vec<float> largest = {};
+  for (int64_t i = 0; i < tile_points; i += lanes<float>) {
+    largest = maximum<float>(load(values + i), largest);
   }
-  return largest;
+  return largest_lane<float>(largest);
 }
 
 /// Two vectors of 16-bit integers as one of pairs, the first one low.

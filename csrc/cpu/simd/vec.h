@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #if !defined(KDCI_SIMD)
 #error "compile with -DKDCI_SIMD=baseline|avx2|avx512|avx512vnni"
@@ -109,6 +110,31 @@ inline void store_up_to(T* to, int64_t count, Vec<T> values) {
     store(to, values);
   } else {
     store_first(to, count, values);
+  }
+}
+
+/// The larger of each two lanes; b where a is NaN.
+template <typename T>
+inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <int size, typename T, int... lane>
+inline Vec<T> halves_maximum(
+    Vec<T> values,
+    std::integer_sequence<int, lane...>) {
+  return maximum<T>(
+      values, __builtin_shufflevector(values, values, (lane ^ (size / 2))...));
+}
+
+/// The largest lane; NaN may be passed over.
+template <typename T, int size = int(lanes<T>)>
+inline T largest_lane(Vec<T> values) {
+  if constexpr (size == 1) {
+    return values[0];
+  } else {
+    return largest_lane<T, size / 2>(halves_maximum<size, T>(
+        values, std::make_integer_sequence<int, int(lanes<T>)>()));
   }
 }
 
