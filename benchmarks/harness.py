@@ -6,10 +6,10 @@ them alike. The figure of a contender is the median over its rounds; the spread 
 Times are of the process's CPU clock on one thread, and of the wall clock on several (there, threads
 that wait burn CPU time) and on a GPU.
 
-Calls that last less than ``SLOW_S`` are timed as they are in a loop: after another contender's
-turn, caches, branch predictors and the allocator's free memory are that one's, which the first calls
-pay for (one of 0.2 ms takes up to five times as long), so that calls of ``LEAD_S`` come before each
-sample and are not timed.
+Calls that last less than ``SLOW_S`` are timed as they are in a loop. After another contender's turn
+caches, branch predictors and the allocator's free memory are that one's, for which the first calls
+pay (one of 0.2 ms takes up to five times as long): before each sample come calls that are not
+timed, for ``LEAD_S``.
 
 Beside every sample runs a check: a short burst of float32 matrix products, whose rate is bound by
 the multipliers alone. A sample whose check, before or after it, falls more than ``TOLERANCE`` below

@@ -229,6 +229,9 @@ constexpr int64_t panel_width = 2 * lanes<T>;
 // that of computing tanh.
 constexpr float smallest_mean = 0.25f;
 constexpr float largest_score_norm = 8;
+// Likewise of mean |key|: tanh of smaller ones hardly differs between keys, and
+// these differences are what the gradient of w_score is made of.
+constexpr float smallest_key_mean = 0.0625f;
 
 // attend() divides the terms w / (1 + e^2a e^2b) of two hidden units at a time,
 // as 1 / c0 + 1 / c1 = (c0 + c1) / (c0 c1) with c = score_unit / w * (1 + e^2a
@@ -379,9 +382,10 @@ inline bool is_small(
        ++panel) {
     key_sum += keys.panel_sum[panel];
   }
-  return query_sum / (static_cast<T>(rows) * units) +
-      key_sum / (static_cast<T>(keys.count) * units) <
-      keys.smallest_mean;
+  const T query_mean = query_sum / (static_cast<T>(rows) * units);
+  const T key_mean = key_sum / (static_cast<T>(keys.count) * units);
+  return query_mean + key_mean < keys.smallest_mean ||
+      key_mean < static_cast<T>(smallest_key_mean);
 }
 
 template <typename T>
@@ -665,14 +669,15 @@ void attend(
   constexpr int64_t most_columns = 2048 / static_cast<int64_t>(sizeof(T));
   alignas(64) T activations[attention_block * span];
   alignas(64) T columns[most_columns * attention_block];
-  if (rows < attention_block) { // lanes that no query fills
-    for (T& value : columns) {
-      value = 0;
-    }
+  const bool by_columns = keys.count <= most_columns;
+  // There are lanes that no query fills.
+  const int64_t unset =
+      by_columns && rows < attention_block ? keys.count * attention_block : 0;
+  for (int64_t i = 0; i < unset; ++i) {
+    columns[i] = 0;
   }
   const auto add_folded =
       divides_fast() ? add_folded_scores<true, T> : add_folded_scores<false, T>;
-  const bool by_columns = keys.count <= most_columns;
   const Scores<T> scores =
       by_columns ? Scores<T>{columns, true} : Scores<T>{weights, false};
   const int64_t padded = keys.panels * panel_width<T>;
