@@ -32,8 +32,8 @@ PASSES = ("forward", "forward+backward", "loss+gradients")
 NATIVE, COMPILED, REFERENCE = "native", "torch.compile", "reference"
 EAGER = ("eager, broadcast", "eager, einsum")
 TANH_FORWARD, TANH_BACKWARD, EXP = 3, 6, 12
-"""Multiply-adds, each the slot of two operations, that a term of the score and an exponential take
-at least; see :func:`floor_gflop`."""
+"""Multiply-adds, each the slot of two operations, that a term of the score and an exponential
+count; see :func:`floor_gflop`."""
 EXACT_ROWS = 32
 """Rows that the float64 results are made from at a time."""
 
@@ -283,13 +283,14 @@ def errors(found: Result, truth: Result) -> tuple[float, float]:
 
 
 def floor_gflop(shape: Shape, step: str) -> float:
-    """Count the operations that a pass needs at least, in units of 1e9, a multiply-add as two.
+    """Count the operations of a pass, in units of 1e9, a multiply-add as two.
 
     The matrix products: forward Q = S W_q^T, K = Z W_k^T and lambda Z; backward dS, dW_q, dW_k and
-    the gradient of lambda. With tanh(a + b) = 1 - 2 / (1 + e^2a e^2b) a term of the score takes 3
-    multiply-adds forward and 6 backward, its half of a division being hidden behind them, and
-    the (B + K) H exponentials 12 each: 2 for the range, 6 for a polynomial of degree 7 and 4 around
-    it. The KL is not counted.
+    the gradient of lambda. With tanh(a + b) = 1 - 2 / (1 + e^2a e^2b), as it is written there, a
+    term of the score takes 3 multiply-adds forward and 6 backward, its half of a division being
+    hidden behind them, and the (B + K) H exponentials 12 each: 2 for the range, 6 for a polynomial
+    of degree 7 and 4 around it. The kernels rewrite the terms and make do with some fewer, but the
+    count stays, for comparison. The KL is not counted.
     """
     b, d, k, h = shape.batch, shape.d, shape.k, shape.hidden
     products = 2 * b * d * h + 2 * k * d * h + 2 * b * k * d

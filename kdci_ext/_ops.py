@@ -198,10 +198,9 @@ def _kd_loss_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> 
     saved = ctx.saved_tensors
     wanted = saved if ctx.dictionary_grad else (saved[0], *saved[3:])
     if all(each.dtype == grad.dtype for each in wanted):
-        scaled = torch._foreach_mul(wanted, grad)  # one call for all
+        student, *weights = torch._foreach_mul(wanted, grad)  # one call for all
     else:
-        scaled = [each * grad.to(each.dtype) for each in wanted]
-    student, *weights = scaled
+        student, *weights = (each * grad.to(each.dtype) for each in wanted)
     dictionary = () if ctx.dictionary_grad else (None, None)
     return (student, None, *dictionary, *weights, None, None, None, None, None)
 

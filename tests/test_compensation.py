@@ -226,19 +226,53 @@ def test_extreme_logits(dtype, magnitude, weighting):
     )
 
 
+def assert_compensate_is_right(inputs: Attention, weighting: str = "paper") -> None:
+    inputs = inputs.to(torch.float32)
+    grad = torch.randn(inputs.logits.shape, dtype=torch.float64)
+    assert_rounding_only(
+        lambda x, backend: run_compensate(x, backend, grad, weighting=weighting),
+        inputs,
+        term_bounds(inputs, grad, posterior=weighting == "posterior", scale=1.0),
+    )
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_rows_of_unlike_scale(weighting):
-    """Rows beyond the range of the exponentials beside rows within, in one batch: both forms of the
-    kernel share its buffers.
+@pytest.mark.parametrize(("keys", "queries"), [(1.0, 1e3), (1.0, 1e30), (0.2, 1e-3), (30.0, 1e-3)])
+def test_rows_of_unlike_scale(weighting, keys, queries):
+    """Rows whose queries are cut off since tanh is 1 at all keys, or for which tanh is computed
+    directly, beside others in one batch: the forms of the kernel share its buffers.
     """
     inputs = make_attention(48, 10, 6, 64)
-    inputs.logits[16:32] *= 1e3
-    inputs = inputs.to(torch.float32)
-    grad = torch.randn(48, 10, dtype=torch.float64)
-    bounds = term_bounds(inputs, grad, posterior=weighting == "posterior", scale=1.0)
-    assert_rounding_only(
-        lambda x, backend: run_compensate(x, backend, grad, weighting=weighting), inputs, bounds
-    )
+    inputs.prototypes.mul_(keys)
+    inputs.logits[16:32] *= queries
+    assert_compensate_is_right(inputs, weighting)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(150, 10, 8, 64), (150, 40, 9, 33), (300, 100, 70, 40), (20, 12, 600, 48)]
+)
+def test_ends_of_the_kernels_blocks(sizes):
+    """Several slabs of rows, blocks of keys and panels of units, whole ones and ends."""
+    assert_compensate_is_right(make_attention(*sizes))
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 1e-30])
+def test_unequal_scores(factor):
+    """Units whose w_score vanishes beside another's, which the kernel divides by."""
+    inputs = make_attention(20, 10, 6, 64)
+    inputs.w_score[1:] *= factor
+    assert_compensate_is_right(inputs)
+
+
+def test_saturated_units_pass_no_gradient():
+    """Where tanh is 1 at all keys, the gradient of the query is 0 as it is in PyTorch, and not a
+    small number that large logits would make a large gradient of.
+    """
+    inputs = make_attention(20, 10, 6, 64)
+    inputs.w_query.abs_()
+    inputs.logits.abs_().mul_(1e30)
+    _, grads = run_compensate(inputs.to(torch.float32), "native", torch.ones(20, 10))
+    assert not bool(grads[3].any())
 
 
 def test_nan_logits_spread_no_further_than_their_row():
@@ -309,6 +343,20 @@ def test_second_derivative_is_refused(function):
     differentiate_twice(reference)
 
 
+@pytest.mark.parametrize("classes", [10, 40])
+@pytest.mark.parametrize("function", ["compensate", "loss"])
+def test_a_second_backward_pass_is_the_same(function, classes):
+    """What the forward pass saved is not overwritten."""
+    inputs = make_attention(70, classes, 6, 40).to(torch.float32).requires_grad_()
+    if function == "loss":
+        output = compensated_kd_loss(*inputs.loss_operands, 4.0, backend="native")
+    else:
+        output = compensate(*inputs.operands, backend="native").sum()
+    first = torch.autograd.grad(output, inputs.operands, retain_graph=True)
+    second = torch.autograd.grad(output, inputs.operands)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_only_wanted_gradients_are_made():
     inputs = make_attention(3, 4, 5, 6)
     inputs.w_query.requires_grad_()
@@ -358,11 +406,12 @@ def test_threads_and_repeats_change_no_bit(two_threads, sizes, dtype):
 # -- the framework -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("classes", [4, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_opcheck(dtype, requires_grad, weighting):
-    inputs = make_attention(5, 4, 3, 6).to(dtype)
+def test_opcheck(dtype, requires_grad, weighting, classes):
+    inputs = make_attention(5, classes, 3, 6).to(dtype)
     if requires_grad:
         inputs.requires_grad_()
     operators = torch.ops.kdci_ext
