@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "bool posterior, float scale) -> ("
       "Tensor compensated, " // [B, d]
       "Tensor weights, "     // [B, K]
-      "Tensor query, "       // [B, H], or [0, H] on the CPU for few classes
+      "Tensor query, "       // [B, H]
       "Tensor key)");        // [K, H]
   m.def(
       "compensate_backward("
@@ -45,6 +45,16 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "Tensor logits, Tensor prototypes, Tensor proportions, "
       "Tensor w_query, Tensor w_key, Tensor w_score, "
       "Tensor weights, Tensor query, Tensor key, " // as compensate returned
+      "bool posterior, float scale, bool dictionary_grad) -> ("
+      "Tensor grad_logits, Tensor grad_prototypes, Tensor grad_proportions, "
+      "Tensor grad_w_query, Tensor grad_w_key, Tensor grad_w_score)");
+  // On the CPU alone: the gradient of the queries takes their place.
+  m.def(
+      "compensate_backward_("
+      "Tensor grad, " // [B, d]
+      "Tensor logits, Tensor prototypes, Tensor proportions, "
+      "Tensor w_query, Tensor w_key, Tensor w_score, "
+      "Tensor weights, Tensor(a!) query, Tensor key, "
       "bool posterior, float scale, bool dictionary_grad) -> ("
       "Tensor grad_logits, Tensor grad_prototypes, Tensor grad_proportions, "
       "Tensor grad_w_query, Tensor grad_w_key, Tensor grad_w_score)");

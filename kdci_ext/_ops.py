@@ -21,9 +21,6 @@ from kdci_ext.reference import accumulate_dtype
 
 Grads = tuple[Tensor | None, ...]
 
-_REPROJECTED_CLASSES = 32
-"""On the CPU, the queries of so many classes are made again by the backward pass and not kept."""
-
 
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
@@ -72,11 +69,10 @@ def _fake_compensate(
 ) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(logits, prototypes, proportions, w_query, w_key, w_score)
     batch, num_prototypes, hidden = logits.shape[0], prototypes.shape[0], w_query.shape[0]
-    keeps_queries = logits.device.type != "cpu" or logits.shape[1] > _REPROJECTED_CLASSES
     return (
         logits.new_empty(logits.shape),
         logits.new_empty((batch, num_prototypes), dtype=dtype),
-        logits.new_empty((batch if keeps_queries else 0, hidden), dtype=dtype),
+        logits.new_empty((batch, hidden), dtype=dtype),
         logits.new_empty((num_prototypes, hidden), dtype=dtype),
     )
 
@@ -160,11 +156,13 @@ def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _compensate_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
+    return _call_backward(torch.ops.kdci_ext.compensate_backward.default, ctx, grad)
+
+
+def _call_backward(operator: Any, ctx: Any, grad: Tensor | None) -> Grads:
     if grad is None:
         return (None,) * 8
-    grads = torch.ops.kdci_ext.compensate_backward.default(
-        grad, *ctx.saved_tensors, ctx.posterior, ctx.scale, ctx.dictionary_grad
-    )
+    grads = operator(grad, *ctx.saved_tensors, ctx.posterior, ctx.scale, ctx.dictionary_grad)
     return (*_without_dictionary(grads, ctx.dictionary_grad), None, None)
 
 
@@ -230,8 +228,21 @@ class _Compensate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Grads:
         if torch.is_grad_enabled():  # for a second derivative, which is refused in time
             return _compensate_backward(ctx, grad)
+        operators = torch.ops.kdci_ext
         with torch._C._AutoDispatchBelowAutograd():
+            if _may_overwrite(grad):
+                return _call_backward(operators.compensate_backward_.default, ctx, grad)
             return _compensate_backward(ctx, grad)
+
+
+def _may_overwrite(grad: Tensor | None) -> bool:
+    """Whether the backward pass that runs is the last one to need what was saved."""
+    return (
+        type(grad) is Tensor
+        and grad.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 class _CompensatedKDLoss(torch.autograd.Function):
@@ -412,6 +423,7 @@ if _load.native_available():
     _register_fake("kdci_ext::assign_rows", _fake_assign_rows)
     _register_fake("kdci_ext::compensate", _fake_compensate)
     _register_fake("kdci_ext::compensate_backward", _fake_compensate_backward)
+    _register_fake("kdci_ext::compensate_backward_", _fake_compensate_backward)
     _register_fake("kdci_ext::compensated_kd_loss", _fake_compensated_kd_loss)
     torch.library.register_autograd(
         "kdci_ext::compensate", _compensate_backward, setup_context=_compensate_context

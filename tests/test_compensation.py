@@ -346,7 +346,9 @@ def test_second_derivative_is_refused(function):
 @pytest.mark.parametrize("classes", [10, 40])
 @pytest.mark.parametrize("function", ["compensate", "loss"])
 def test_a_second_backward_pass_is_the_same(function, classes):
-    """What the forward pass saved is not overwritten."""
+    """What the forward pass saved is not overwritten as long as the graph is retained, and whether
+    it is makes no difference.
+    """
     inputs = make_attention(70, classes, 6, 40).to(torch.float32).requires_grad_()
     if function == "loss":
         output = compensated_kd_loss(*inputs.loss_operands, 4.0, backend="native")
@@ -406,12 +408,11 @@ def test_threads_and_repeats_change_no_bit(two_threads, sizes, dtype):
 # -- the framework -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [4, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_opcheck(dtype, requires_grad, weighting, classes):
-    inputs = make_attention(5, classes, 3, 6).to(dtype)
+def test_opcheck(dtype, requires_grad, weighting):
+    inputs = make_attention(5, 4, 3, 6).to(dtype)
     if requires_grad:
         inputs.requires_grad_()
     operators = torch.ops.kdci_ext
@@ -423,8 +424,9 @@ def test_opcheck(dtype, requires_grad, weighting, classes):
     )
     saved = operators.compensate(*inputs.operands, *options)
     arguments = (inputs.logits, *inputs.operands, *saved[1:], *options, True)
-    detached = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    torch.library.opcheck(operators.compensate_backward.default, tuple(detached))
+    detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+    torch.library.opcheck(operators.compensate_backward.default, detached)
+    torch.library.opcheck(operators.compensate_backward_.default, detached)
 
 
 @pytest.mark.parametrize("function", ["compensate", "loss"])

@@ -104,19 +104,21 @@ Compensation<T>::Compensation(
   keys_.panel_sum = arena.take<T>(keys_.panels);
   factors_ = arena.take<T>(in_.prototypes);
   keys_.folded = nullptr;
-  if (passes != Passes::backward) {
+  if (passes.forward) {
     // Once all queries have been attended to, the memory is free for the
     // gradient of the keys.
     keys_.folded = arena.take<T>(keys_.count * padded);
     grad_key_ = keys_.folded;
     log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
   }
-  if (passes != Passes::forward) {
+  if (passes.backward) {
     const int64_t slab = slab_rows();
     grad_score_ = arena.take<T>(slab * in_.prototypes);
     row_sums_ = arena.take<T>(slab);
-    if (passes == Passes::backward) {
+    if (!passes.forward) {
       grad_key_ = arena.take<T>(in_.prototypes * in_.hidden);
+    }
+    if (!passes.overwrite_query) {
       grad_query_ = arena.take<T>(slab * in_.hidden);
     }
   }
@@ -124,18 +126,14 @@ Compensation<T>::Compensation(
 
 template <typename T>
 int64_t Compensation<T>::slab_rows() const {
-  int64_t slab = sweep_rows;
-  if (passes_ == Passes::backward) {
-    // Memory in proportion to what there is already: the queries that were not
-    // kept, or a matrix of weights.
-    slab = in_.classes <= reprojected_classes
-        ? sweep_rows / 2
-        : in_.hidden * in_.classes / (in_.hidden + in_.prototypes);
-    const int64_t unit = sweep_rows / 4;
-    slab = std::min(std::max(slab / unit * unit, unit), sweep_rows);
-  }
+  // The gradient of a slab's scores is to be no larger than a matrix of
+  // weights. Whether queries are overwritten makes no difference, not even to
+  // rounding.
+  const int64_t unit = sweep_rows / 4;
+  const int64_t slab = in_.hidden * in_.classes / in_.prototypes / unit * unit;
   const int64_t blocks = (in_.batch + attention_block - 1) / attention_block;
-  return std::min(slab, blocks * attention_block);
+  return std::min(
+      std::min(std::max(slab, unit), sweep_rows), blocks * attention_block);
 }
 
 template <typename T>
@@ -255,13 +253,9 @@ void Compensation<T>::backward(
     const int64_t end = std::min(begin + slab, in_.batch);
     // Pointers to where the whole batch would begin.
     T* grad_query =
-        passes_ == Passes::both ? query : grad_query_ - begin * hidden;
-    const T* slab_query = query == nullptr ? grad_query : query;
+        passes_.overwrite_query ? query : grad_query_ - begin * hidden;
     T* grad_score = grad_score_ - begin * count;
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
-      if (query == nullptr) {
-        project_queries(first, rows, grad_query);
-      }
       gemm(
           rows,
           count,
@@ -297,7 +291,7 @@ void Compensation<T>::backward(
               first_panel,
               last_panel,
               end - begin,
-              slab_query + begin * hidden,
+              query + begin * hidden,
               grad_score_,
               row_sums_,
               begin > 0,
@@ -465,32 +459,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
   const int64_t hidden = w_score.size(0);
   const Tensor compensated = torch::stable::empty_like(tensors.logits);
   const Tensor weights = empty_cpu({batch, count}, tensors.dtype);
-  const int64_t kept = tensors.logits.size(1) > reprojected_classes ? batch : 0;
-  const Tensor query = empty_cpu({kept, hidden}, tensors.dtype);
+  const Tensor query = empty_cpu({batch, hidden}, tensors.dtype);
   const Tensor key = empty_cpu({count, hidden}, tensors.dtype);
   dispatch_compute_type(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const CompensationInputs<T> inputs(tensors, posterior, scale);
-    T* queries = nullptr;
-    const auto take = [&](Arena& arena) {
-      queries = kept > 0 ? data<T>(query) : arena.take<T>(batch * hidden);
-      return Compensation<T>(inputs, arena, Passes::forward);
-    };
+    const Passes passes = {true, false, false};
     Arena needed;
-    take(needed);
+    Compensation<T>(inputs, needed, passes);
     const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
-    Compensation<T> steps = take(arena);
+    Compensation<T> steps(inputs, arena, passes);
     steps.prepare(data<T>(key), true);
     steps.for_rows(0, batch, [&](int64_t first, int64_t rows) {
-      steps.project_queries(first, rows, queries);
-      steps.attend(first, rows, queries, data<T>(weights));
+      steps.project_queries(first, rows, data<T>(query));
+      steps.attend(first, rows, data<T>(query), data<T>(weights));
       steps.compensate(first, rows, data<T>(weights), data<T>(compensated));
     });
   });
   return {as_type_of(logits, compensated), weights, query, key};
 }
 
+template <bool overwrite_query>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     const Tensor& grad,        // [B, d]
     const Tensor& logits,      // [B, d]
@@ -510,7 +500,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
   const int64_t batch = logits.size(0);
   const int64_t count = prototypes.size(0);
   const int64_t hidden = w_score.size(0);
-  const int64_t kept = logits.size(1) > reprojected_classes ? batch : 0;
   STD_TORCH_CHECK(
       grad.dim() == 2 && grad.size(0) == batch &&
           grad.size(1) == logits.size(1),
@@ -518,7 +507,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
   STD_TORCH_CHECK(
       weights.dim() == 2 && weights.size(0) == batch &&
           weights.size(1) == count && query.dim() == 2 &&
-          query.size(0) == kept && query.size(1) == hidden && key.dim() == 2 &&
+          query.size(0) == batch && query.size(1) == hidden && key.dim() == 2 &&
           key.size(0) == count && key.size(1) == hidden,
       "weights, query and key must be as compensate returned them");
   const Tensor saved_weights = as_contiguous(weights, tensors.dtype);
@@ -529,16 +518,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
   dispatch_compute_type(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const CompensationInputs<T> inputs(tensors, posterior, scale);
+    const Passes passes = {false, true, overwrite_query};
     Arena needed;
-    Compensation<T>(inputs, needed, Passes::backward);
+    Compensation<T>(inputs, needed, passes);
     const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
-    Compensation<T> steps(inputs, arena, Passes::backward);
+    Compensation<T> steps(inputs, arena, passes);
     steps.prepare(data<T>(saved_key), false);
     steps.backward(
         const_data<T>(grad_compensated),
         const_data<T>(saved_weights),
-        kept > 0 ? data<T>(saved_query) : nullptr,
+        data<T>(saved_query),
         grads);
   });
   return {
@@ -554,7 +544,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(kdci_ext, CPU, m) {
   m.impl("compensate", TORCH_BOX(&compensate));
-  m.impl("compensate_backward", TORCH_BOX(&compensate_backward));
+  m.impl("compensate_backward", TORCH_BOX(&compensate_backward<false>));
+  m.impl("compensate_backward_", TORCH_BOX(&compensate_backward<true>));
 }
 
 } // namespace kdci

@@ -69,13 +69,12 @@ struct CompensationGrads {
   bool dictionary;
 };
 
-/// Inputs of up to this many classes are projected again by the backward pass,
-/// which takes less memory than keeping the queries and hardly more time.
-constexpr int64_t reprojected_classes = 32;
-
-/// What a Compensation is to be used for; `both` has the backward pass replace
-/// the queries by their gradients.
-enum class Passes { forward, backward, both };
+/// What a Compensation is to be used for.
+struct Passes {
+  bool forward;
+  bool backward;
+  bool overwrite_query; // by the backward pass, which then needs less memory
+};
 
 /// All pointers are to the whole batch; first and rows say which part of it a
 /// call is about, and first is a multiple of attention_block.
@@ -110,8 +109,7 @@ class Compensation {
       T* compensated);
 
   /// The gradients from that of the compensated logits [B, d], which may be in
-  /// grads.logits. The queries [B, H] are projected again if null; with
-  /// Passes::both they are overwritten.
+  /// grads.logits. The queries [B, H] are left alone unless overwrite_query.
   void backward(
       const T* grad_compensated,
       const T* weights,

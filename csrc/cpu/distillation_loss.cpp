@@ -35,7 +35,7 @@ void compute_loss(
     T* compensated, // [B, d], becomes the gradient
     T* loss,
     CompensationGrads* grads) {
-  const Passes passes = need_grad ? Passes::both : Passes::forward;
+  const Passes passes = {true, need_grad, true};
   Arena needed;
   Compensation<T>(inputs, needed, passes);
   LossBuffers<T>(needed, inputs);
