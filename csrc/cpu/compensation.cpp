@@ -251,11 +251,10 @@ void Compensation<T>::backward(
   int64_t begin = 0;
   do {
     const int64_t end = std::min(begin + slab, in_.batch);
-    // Pointers to where the whole batch would begin.
     T* grad_query =
-        passes_.overwrite_query ? query : grad_query_ - begin * hidden;
-    T* grad_score = grad_score_ - begin * count;
+        passes_.overwrite_query ? query + begin * hidden : grad_query_;
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
+      T* grad_score = grad_score_ + (first - begin) * count;
       gemm(
           rows,
           count,
@@ -266,7 +265,7 @@ void Compensation<T>::backward(
           in_.z,
           1,
           d,
-          grad_score + first * count,
+          grad_score,
           count,
           false);
       kernels_.grad_scores(
@@ -274,7 +273,7 @@ void Compensation<T>::backward(
           count,
           factors_,
           weights + first * count,
-          grad_score + first * count,
+          grad_score,
           row_sums_ + (first - begin));
     });
     if (grads.dictionary) {
@@ -295,7 +294,7 @@ void Compensation<T>::backward(
               grad_score_,
               row_sums_,
               begin > 0,
-              grad_query + begin * hidden,
+              grad_query,
               grad_key_,
               data<T>(grads.w_score));
           const int64_t first = first_panel * width;
@@ -303,7 +302,7 @@ void Compensation<T>::backward(
               std::min(last_panel * width, hidden) - first,
               d,
               end - begin,
-              grad_query + begin * hidden + first,
+              grad_query + first,
               1,
               hidden,
               in_.logits + begin * d,
@@ -318,7 +317,7 @@ void Compensation<T>::backward(
           rows,
           d,
           hidden,
-          grad_query + first * hidden,
+          grad_query + (first - begin) * hidden,
           hidden,
           1,
           in_.w_query,
