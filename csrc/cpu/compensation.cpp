@@ -149,19 +149,19 @@ void Compensation<T>::prepare(T* key, bool project) {
       [&](int64_t begin, int64_t end) {
         if (project) {
           const int64_t first = begin * width;
-          gemm(
-              in_.prototypes,
-              std::min(end * width, in_.hidden) - first,
-              d,
-              in_.z,
-              d,
-              1,
-              in_.w_key + first * d,
-              1,
-              d,
-              key + first,
-              in_.hidden,
-              false);
+          gemm<T>(
+              {in_.prototypes,
+               std::min(end * width, in_.hidden) - first,
+               d,
+               in_.z,
+               d,
+               1,
+               in_.w_key + first * d,
+               1,
+               d,
+               key + first,
+               in_.hidden,
+               false});
         }
         kernels_.pack_keys(keys_, begin, end);
       });
@@ -177,19 +177,19 @@ void Compensation<T>::prepare(T* key, bool project) {
 template <typename T>
 void Compensation<T>::project_queries(int64_t first, int64_t rows, T* query) {
   const int64_t d = in_.classes;
-  gemm(
-      rows,
-      in_.hidden,
-      d,
-      in_.logits + first * d,
-      d,
-      1,
-      in_.w_query,
-      1,
-      d,
-      query + first * in_.hidden,
-      in_.hidden,
-      false);
+  gemm<T>(
+      {rows,
+       in_.hidden,
+       d,
+       in_.logits + first * d,
+       d,
+       1,
+       in_.w_query,
+       1,
+       d,
+       query + first * in_.hidden,
+       in_.hidden,
+       false});
 }
 
 template <typename T>
@@ -215,23 +215,23 @@ void Compensation<T>::compensate(
     const T* weights,
     T* compensated) {
   const int64_t d = in_.classes;
-  gemm(
-      rows,
-      d,
-      in_.prototypes,
-      weights + first * in_.prototypes,
-      in_.prototypes,
-      1,
-      in_.z,
-      d,
-      1,
-      compensated + first * d,
-      d,
-      false,
-      factors_,
-      // Added last, so that sums of many prototypes are not rounded to the
-      // logits' digits more than once.
-      in_.logits + first * d);
+  gemm<T>(
+      {rows,
+       d,
+       in_.prototypes,
+       weights + first * in_.prototypes,
+       in_.prototypes,
+       1,
+       in_.z,
+       d,
+       1,
+       compensated + first * d,
+       d,
+       false,
+       factors_,
+       // Added last, so that sums of many prototypes are not rounded to the
+       // logits' digits more than once.
+       in_.logits + first * d});
 }
 
 template <typename T>
@@ -255,19 +255,19 @@ void Compensation<T>::backward(
         passes_.overwrite_query ? query + begin * hidden : grad_query_;
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
       T* grad_score = grad_score_ + (first - begin) * count;
-      gemm(
-          rows,
-          count,
-          d,
-          grad_compensated + first * d,
-          d,
-          1,
-          in_.z,
-          1,
-          d,
-          grad_score,
-          count,
-          false);
+      gemm<T>(
+          {rows,
+           count,
+           d,
+           grad_compensated + first * d,
+           d,
+           1,
+           in_.z,
+           1,
+           d,
+           grad_score,
+           count,
+           false});
       kernels_.grad_scores(
           rows,
           count,
@@ -298,36 +298,36 @@ void Compensation<T>::backward(
               grad_key_,
               data<T>(grads.w_score));
           const int64_t first = first_panel * width;
-          gemm(
-              std::min(last_panel * width, hidden) - first,
-              d,
-              end - begin,
-              grad_query + first,
-              1,
-              hidden,
-              in_.logits + begin * d,
-              d,
-              1,
-              data<T>(grads.w_query) + first * d,
-              d,
-              begin > 0);
+          gemm<T>(
+              {std::min(last_panel * width, hidden) - first,
+               d,
+               end - begin,
+               grad_query + first,
+               1,
+               hidden,
+               in_.logits + begin * d,
+               d,
+               1,
+               data<T>(grads.w_query) + first * d,
+               d,
+               begin > 0});
         });
     for_rows(begin, end, [&](int64_t first, int64_t rows) {
       gemm<T>(
-          rows,
-          d,
-          hidden,
-          grad_query + (first - begin) * hidden,
-          hidden,
-          1,
-          in_.w_query,
-          d,
-          1,
-          grad_logits + first * d,
-          d,
-          in_place,
-          nullptr,
-          in_place ? nullptr : grad_compensated + first * d);
+          {rows,
+           d,
+           hidden,
+           grad_query + (first - begin) * hidden,
+           hidden,
+           1,
+           in_.w_query,
+           d,
+           1,
+           grad_logits + first * d,
+           d,
+           in_place,
+           nullptr,
+           in_place ? nullptr : grad_compensated + first * d});
     });
     begin += slab;
   } while (begin < in_.batch);
@@ -337,19 +337,19 @@ void Compensation<T>::backward(
       grain_of(width * count * d),
       [&](int64_t first_panel, int64_t last_panel) {
         const int64_t first = first_panel * width;
-        gemm(
-            std::min(last_panel * width, hidden) - first,
-            d,
-            count,
-            grad_key_ + first,
-            1,
-            hidden,
-            in_.z,
-            d,
-            1,
-            data<T>(grads.w_key) + first * d,
-            d,
-            false);
+        gemm<T>(
+            {std::min(last_panel * width, hidden) - first,
+             d,
+             count,
+             grad_key_ + first,
+             1,
+             hidden,
+             in_.z,
+             d,
+             1,
+             data<T>(grads.w_key) + first * d,
+             d,
+             false});
       });
   if (grads.dictionary) {
     finish_dictionary_grads(grads);
@@ -368,19 +368,19 @@ void Compensation<T>::add_dictionary_grads(
   torch::stable::parallel_for(
       0, count, grain_of(rows * d), [&](int64_t begin, int64_t end) {
         // The gradient of the averaged rows: weights^T grad_compensated.
-        gemm(
-            end - begin,
-            d,
-            rows,
-            weights + first * count + begin,
-            1,
-            count,
-            grad_compensated + first * d,
-            d,
-            1,
-            data<T>(grads.prototypes) + begin * d,
-            d,
-            first > 0);
+        gemm<T>(
+            {end - begin,
+             d,
+             rows,
+             weights + first * count + begin,
+             1,
+             count,
+             grad_compensated + first * d,
+             d,
+             1,
+             data<T>(grads.prototypes) + begin * d,
+             d,
+             first > 0});
         T* score_sums = data<T>(grads.proportions);
         for (int64_t i = begin; i < end && in_.posterior; ++i) {
           double sum = first > 0 ? score_sums[i] : 0;
@@ -419,19 +419,19 @@ void Compensation<T>::finish_dictionary_grads(CompensationGrads& grads) {
             grad_z[i * d + c] *= factors_[i];
           }
         }
-        gemm(
-            end - begin,
-            d,
-            in_.hidden,
-            grad_key_ + begin * in_.hidden,
-            in_.hidden,
-            1,
-            in_.w_key,
-            d,
-            1,
-            grad_z + begin * d,
-            d,
-            true);
+        gemm<T>(
+            {end - begin,
+             d,
+             in_.hidden,
+             grad_key_ + begin * in_.hidden,
+             in_.hidden,
+             1,
+             in_.w_key,
+             d,
+             1,
+             grad_z + begin * d,
+             d,
+             true});
       });
 }
 

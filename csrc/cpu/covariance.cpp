@@ -119,19 +119,19 @@ void Covariance<T>::form_gram(const CenteredRows<T>& rows) {
       0, matrix_.num_tiles, 1, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; ++tile) {
           const int64_t first = tile * tile_points;
-          gemm(
-              first + matrix_.tile_size(tile),
-              matrix_.tile_size(tile),
-              d_,
-              centered_,
-              stride_,
-              1,
-              centered_ + first * stride_,
-              1,
-              stride_,
-              matrix_.tile(tile),
-              tile_points,
-              false);
+          gemm<T>(
+              {first + matrix_.tile_size(tile),
+               matrix_.tile_size(tile),
+               d_,
+               centered_,
+               stride_,
+               1,
+               centered_ + first * stride_,
+               1,
+               stride_,
+               matrix_.tile(tile),
+               tile_points,
+               false});
         }
       });
 }

@@ -40,7 +40,7 @@ void PrincipalSubspace<T>::compute(const CenteredRows<T>& rows) {
   subspace_.find(leading_);
   if (covariance_.is_gram()) {
     const T* centered = covariance_.centered();
-    gemm(d_, q_, n_, centered, 1, d_, leading_, q_, 1, basis_, q_, false);
+    gemm<T>({d_, q_, n_, centered, 1, d_, leading_, q_, 1, basis_, q_, false});
     orthonormalize_basis();
   }
 }
@@ -71,7 +71,7 @@ template <typename T>
 void PrincipalSubspace<T>::orthonormalize_basis() {
   const int64_t q = q_;
   std::vector<T> products(q * q);
-  gemm(q, q, d_, basis_, 1, q, basis_, q, 1, products.data(), q, false);
+  gemm<T>({q, q, d_, basis_, 1, q, basis_, q, 1, products.data(), q, false});
   double total = 0;
   for (int64_t i = 0; i < q; ++i) {
     total += products[i * q + i];
@@ -103,19 +103,19 @@ void PrincipalSubspace<T>::orthonormalize_basis() {
   for (int64_t first = 0; first < d_; first += tile_points) {
     const int64_t count = std::min(tile_points, d_ - first);
     T* rows = basis_ + first * q;
-    gemm(
-        count,
-        q,
-        q,
-        rows,
-        q,
-        1,
-        products.data(),
-        q,
-        1,
-        rotated.data(),
-        q,
-        false);
+    gemm<T>(
+        {count,
+         q,
+         q,
+         rows,
+         q,
+         1,
+         products.data(),
+         q,
+         1,
+         rotated.data(),
+         q,
+         false});
     std::copy_n(rotated.data(), count * q, rows);
   }
 }

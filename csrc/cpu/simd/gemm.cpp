@@ -22,6 +22,10 @@ constexpr int64_t block_depth = 1024 / static_cast<int64_t>(sizeof(T));
 template <typename T>
 constexpr int64_t block_columns = 1536 / static_cast<int64_t>(sizeof(T));
 
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 template <typename T>
 struct Workspace {
   alignas(64) T a[block_depth<T> * tile_rows];
@@ -160,44 +164,50 @@ void multiply_tile(
 // columns would leave most of a vector empty, the vectors hold rows.
 constexpr int turned_columns = vector_bytes == 64 ? 12 : 4;
 
-// Rows [0, m) of a C of up to turned_columns columns, m a multiple of two
+// A product of up to turned_columns columns and of rows that fill pairs of
 // vectors, where the columns of A are contiguous.
 template <typename T>
-void multiply_turned(
-    int64_t m,
-    int64_t n,
-    int64_t depth,
-    const T* a,
-    int64_t a_col,
-    const T* b, // packed, turned_columns wide
-    T* c,
-    int64_t c_row,
-    bool accumulate,
-    const T* addend) {
+void multiply_turned(const Product<T>& of) {
   constexpr int64_t height = 2 * lanes<T>;
-  for (int64_t i = 0; i < m; i += height) {
-    Vec<T> sum[turned_columns][2] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      const Vec<T> a0 = load(a + k * a_col + i);
-      const Vec<T> a1 = load(a + k * a_col + i + lanes<T>);
+  T* packed = workspace<T>.b;
+  for (int64_t k0 = 0; k0 < of.depth; k0 += block_depth<T>) {
+    const int64_t depth = smaller(block_depth<T>, of.depth - k0);
+    pack(
+        turned_columns,
+        of.n,
+        depth,
+        of.b + k0 * of.b_row,
+        of.b_col,
+        of.b_row,
+        of.factors != nullptr ? of.factors + k0 : nullptr,
+        packed);
+    const bool add = of.accumulate || k0 > 0;
+    const bool ends = of.addend != nullptr && k0 + depth == of.depth;
+    for (int64_t i = 0; i < of.m; i += height) {
+      const T* a = of.a + k0 * of.a_col + i;
+      Vec<T> sum[turned_columns][2] = {};
+      for (int64_t k = 0; k < depth; ++k) {
+        const Vec<T> a0 = load(a + k * of.a_col);
+        const Vec<T> a1 = load(a + k * of.a_col + lanes<T>);
+#pragma GCC unroll 12
+        for (int j = 0; j < turned_columns; ++j) {
+          const Vec<T> b_value = broadcast(packed[k * turned_columns + j]);
+          sum[j][0] += a0 * b_value;
+          sum[j][1] += a1 * b_value;
+        }
+      }
+      alignas(64) T turned[turned_columns][height];
 #pragma GCC unroll 12
       for (int j = 0; j < turned_columns; ++j) {
-        const Vec<T> b_value = broadcast(b[k * turned_columns + j]);
-        sum[j][0] += a0 * b_value;
-        sum[j][1] += a1 * b_value;
+        store(turned[j], sum[j][0]);
+        store(turned[j] + lanes<T>, sum[j][1]);
       }
-    }
-    alignas(64) T turned[turned_columns][height];
-#pragma GCC unroll 12
-    for (int j = 0; j < turned_columns; ++j) {
-      store(turned[j], sum[j][0]);
-      store(turned[j] + lanes<T>, sum[j][1]);
-    }
-    for (int64_t r = 0; r < height; ++r) {
-      T* to = c + (i + r) * c_row;
-      for (int64_t j = 0; j < n; ++j) {
-        const T value = accumulate ? to[j] + turned[j][r] : turned[j][r];
-        to[j] = addend != nullptr ? value + addend[(i + r) * c_row + j] : value;
+      for (int64_t r = 0; r < height; ++r) {
+        const int64_t row = (i + r) * of.c_row;
+        for (int64_t j = 0; j < of.n; ++j) {
+          const T value = add ? of.c[row + j] + turned[j][r] : turned[j][r];
+          of.c[row + j] = ends ? value + of.addend[row + j] : value;
+        }
       }
     }
   }
@@ -209,79 +219,69 @@ constexpr int64_t panel_width(int64_t columns) {
   return (vectors < tile_vectors ? vectors : tile_vectors) * lanes<T>;
 }
 
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
 template <typename T>
-void multiply_tiles(
-    int64_t m,
-    int64_t n,
-    int64_t depth,
-    const T* a,
-    int64_t a_row,
-    int64_t a_col,
-    const T* b,
-    int64_t b_row,
-    int64_t b_col,
-    const T* factors,
-    T* c,
-    int64_t c_row,
-    bool accumulate,
-    const T* addend) {
-  for (int64_t i = 0; depth == 0 && i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      const T value = accumulate ? c[i * c_row + j] : 0;
-      c[i * c_row + j] =
-          addend != nullptr ? value + addend[i * c_row + j] : value;
+void multiply_tiles(const Product<T>& of) {
+  for (int64_t i = 0; of.depth == 0 && i < of.m; ++i) {
+    for (int64_t j = 0; j < of.n; ++j) {
+      const int64_t at = i * of.c_row + j;
+      const T value = of.accumulate ? of.c[at] : 0;
+      of.c[at] = of.addend != nullptr ? value + of.addend[at] : value;
     }
   }
   Workspace<T>& packed = workspace<T>;
-  for (int64_t j0 = 0; j0 < n; j0 += block_columns<T>) {
-    const int64_t j_count = smaller(block_columns<T>, n - j0);
-    for (int64_t k0 = 0; k0 < depth; k0 += block_depth<T>) {
-      const int64_t k_count = smaller(block_depth<T>, depth - k0);
-      // All panels before one are full, so it starts at column * k_count.
-      for (int64_t j = 0; j < j_count; j += tile_vectors * lanes<T>) {
-        const int64_t width = panel_width<T>(j_count - j);
-        const T* from = b + k0 * b_row + (j0 + j) * b_col;
+  for (int64_t j0 = 0; j0 < of.n; j0 += block_columns<T>) {
+    const int64_t columns = smaller(block_columns<T>, of.n - j0);
+    for (int64_t k0 = 0; k0 < of.depth; k0 += block_depth<T>) {
+      const int64_t depth = smaller(block_depth<T>, of.depth - k0);
+      // All panels before one are full, so it starts at column * depth.
+      for (int64_t j = 0; j < columns; j += tile_vectors * lanes<T>) {
+        const int64_t width = panel_width<T>(columns - j);
         pack(
             width,
-            smaller(width, j_count - j),
-            k_count,
-            from,
-            b_col,
-            b_row,
-            factors != nullptr ? factors + k0 : nullptr,
-            packed.b + j * k_count);
+            smaller(width, columns - j),
+            depth,
+            of.b + k0 * of.b_row + (j0 + j) * of.b_col,
+            of.b_col,
+            of.b_row,
+            of.factors != nullptr ? of.factors + k0 : nullptr,
+            packed.b + j * depth);
       }
-      const bool add = accumulate || k0 > 0;
-      const bool ends = addend != nullptr && k0 + k_count == depth;
-      for (int64_t i = 0; i < m; i += tile_rows) {
-        const int64_t rows = smaller(tile_rows, m - i);
-        const T* from = a + i * a_row + k0 * a_col;
-        const bool in_place = rows == tile_rows && (a_col == 1 || a_row == 1);
+      const bool add = of.accumulate || k0 > 0;
+      const bool ends = of.addend != nullptr && k0 + depth == of.depth;
+      for (int64_t i = 0; i < of.m; i += tile_rows) {
+        const int64_t rows = smaller(tile_rows, of.m - i);
+        const T* from = of.a + i * of.a_row + k0 * of.a_col;
+        const bool in_place =
+            rows == tile_rows && (of.a_col == 1 || of.a_row == 1);
         if (!in_place) {
           pack<T>(
-              tile_rows, rows, k_count, from, a_row, a_col, nullptr, packed.a);
+              tile_rows,
+              rows,
+              depth,
+              from,
+              of.a_row,
+              of.a_col,
+              nullptr,
+              packed.a);
         }
-        for (int64_t j = 0; j < j_count; j += tile_vectors * lanes<T>) {
-          const int64_t width = panel_width<T>(j_count - j);
+        for (int64_t j = 0; j < columns; j += tile_vectors * lanes<T>) {
+          const int64_t width = panel_width<T>(columns - j);
+          const int64_t at = i * of.c_row + j0 + j;
           const auto tile = width == lanes<T> ? multiply_tile<1, T>
               : width == 2 * lanes<T>         ? multiply_tile<2, T>
                                               : multiply_tile<tile_vectors, T>;
           tile(
-              k_count,
+              depth,
               in_place ? from : packed.a,
-              in_place ? a_row : 1,
-              in_place ? a_col : tile_rows,
-              packed.b + j * k_count,
-              c + i * c_row + j0 + j,
-              c_row,
+              in_place ? of.a_row : 1,
+              in_place ? of.a_col : tile_rows,
+              packed.b + j * depth,
+              of.c + at,
+              of.c_row,
               rows,
-              smaller(width, j_count - j),
+              smaller(width, columns - j),
               add,
-              ends ? addend + i * c_row + j0 + j : nullptr);
+              ends ? of.addend + at : nullptr);
         }
       }
     }
@@ -289,78 +289,22 @@ void multiply_tiles(
 }
 
 template <typename T>
-void multiply(
-    int64_t m,
-    int64_t n,
-    int64_t depth,
-    const T* a,
-    int64_t a_row,
-    int64_t a_col,
-    const T* b,
-    int64_t b_row,
-    int64_t b_col,
-    const T* factors,
-    T* c,
-    int64_t c_row,
-    bool accumulate,
-    const T* addend) {
-  const int64_t last = n % lanes<T>;
-  const int64_t turned = m / (2 * lanes<T>)*(2 * lanes<T>);
-  if (a_row == 1 && 0 < last && last <= turned_columns && turned > 0 &&
-      depth > 0) {
-    n -= last;
-    T* packed = workspace<T>.b;
-    for (int64_t k0 = 0; k0 < depth; k0 += block_depth<T>) {
-      const int64_t k_count = smaller(block_depth<T>, depth - k0);
-      const T* from = b + k0 * b_row + n * b_col;
-      const T* by = factors != nullptr ? factors + k0 : nullptr;
-      pack(turned_columns, last, k_count, from, b_col, b_row, by, packed);
-      multiply_turned(
-          turned,
-          last,
-          k_count,
-          a + k0 * a_col,
-          a_col,
-          packed,
-          c + n,
-          c_row,
-          accumulate || k0 > 0,
-          addend != nullptr && k0 + k_count == depth ? addend + n : nullptr);
+void multiply(const Product<T>& product) {
+  const int64_t last = product.n % lanes<T>;
+  const int64_t turned = product.m / (2 * lanes<T>)*(2 * lanes<T>);
+  Product<T> rest = product;
+  if (product.a_row == 1 && 0 < last && last <= turned_columns && turned > 0 &&
+      product.depth > 0) {
+    rest.n -= last;
+    Product<T> side = product.columns_from(rest.n);
+    if (turned < product.m) {
+      multiply_tiles(side.rows_from(turned));
     }
-    if (turned < m) {
-      multiply_tiles(
-          m - turned,
-          last,
-          depth,
-          a + turned,
-          a_row,
-          a_col,
-          b + n * b_col,
-          b_row,
-          b_col,
-          factors,
-          c + turned * c_row + n,
-          c_row,
-          accumulate,
-          addend != nullptr ? addend + turned * c_row + n : nullptr);
-    }
+    side.m = turned;
+    multiply_turned(side);
   }
-  if (n > 0) {
-    multiply_tiles(
-        m,
-        n,
-        depth,
-        a,
-        a_row,
-        a_col,
-        b,
-        b_row,
-        b_col,
-        factors,
-        c,
-        c_row,
-        accumulate,
-        addend);
+  if (rest.n > 0) {
+    multiply_tiles(rest);
   }
 }
 

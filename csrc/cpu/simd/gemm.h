@@ -10,64 +10,57 @@
 
 namespace kdci {
 
+/// C[i * c_row + j] (+)= sum_k A[i * a_row + k * a_col] * B[k * b_row + j *
+/// b_col] for i < m, j < n, k < depth. A transpose is a swap of strides.
+template <typename T>
+struct Product {
+  int64_t m;
+  int64_t n;
+  int64_t depth;
+  const T* a;
+  int64_t a_row;
+  int64_t a_col;
+  const T* b;
+  int64_t b_row;
+  int64_t b_col;
+  T* c;
+  int64_t c_row;
+  bool accumulate;
+  const T* factors = nullptr; // [depth], of the rows of B
+  const T* addend = nullptr;  // stored like C and apart from it, added last
+
+  /// The product without its first rows or columns.
+  Product rows_from(int64_t row) const {
+    Product rest = *this;
+    rest.m -= row;
+    rest.a += row * a_row;
+    rest.c += row * c_row;
+    rest.addend = addend != nullptr ? addend + row * c_row : nullptr;
+    return rest;
+  }
+
+  Product columns_from(int64_t column) const {
+    Product rest = *this;
+    rest.n -= column;
+    rest.b += column * b_col;
+    rest.c += column;
+    rest.addend = addend != nullptr ? addend + column : nullptr;
+    return rest;
+  }
+};
+
 template <typename T>
 struct GemmKernels {
-  void (*multiply)(
-      int64_t m,
-      int64_t n,
-      int64_t depth,
-      const T* a,
-      int64_t a_row,
-      int64_t a_col,
-      const T* b,
-      int64_t b_row,
-      int64_t b_col,
-      const T* factors,
-      T* c,
-      int64_t c_row,
-      bool accumulate,
-      const T* addend);
+  void (*multiply)(const Product<T>& product);
 };
 
 KDCI_DECLARE_PER_TYPE(GemmKernels, gemm_kernels)
 
-/// C[i * c_row + j] (+)= sum_k A[i * a_row + k * a_col] * B[k * b_row + j *
-/// b_col] for i < m, j < n, k < depth; with `factors` [depth] row k of B counts
-/// factors[k] times, and `addend`, stored like C and apart from it, is added
-/// last. A transpose is a swap of strides. An element's value
-/// depends on neither m, n nor its position, so products computed in pieces are
-/// bitwise those computed whole.
+/// An element's value depends on neither m, n nor its position, so products
+/// computed in pieces are bitwise those computed whole.
 template <typename T>
-static inline void gemm(
-    int64_t m,
-    int64_t n,
-    int64_t depth,
-    const T* a,
-    int64_t a_row,
-    int64_t a_col,
-    const T* b,
-    int64_t b_row,
-    int64_t b_col,
-    T* c,
-    int64_t c_row,
-    bool accumulate,
-    const T* factors = nullptr,
-    const T* addend = nullptr) {
-  gemm_kernels<T>().multiply(
-      m,
-      n,
-      depth,
-      a,
-      a_row,
-      a_col,
-      b,
-      b_row,
-      b_col,
-      factors,
-      c,
-      c_row,
-      accumulate,
-      addend);
+static inline void gemm(const Product<T>& product) {
+  gemm_kernels<T>().multiply(product);
 }
 
 } // namespace kdci
