@@ -195,12 +195,18 @@ def _kd_loss_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> 
         raise RuntimeError(_NO_DOUBLE_BACKWARD.format("compensated_kd_loss"))
     saved = ctx.saved_tensors
     wanted = saved if ctx.dictionary_grad else (saved[0], *saved[3:])
-    if all(each.dtype == grad.dtype for each in wanted):
+    if not _is_batched(grad) and all(each.dtype == grad.dtype for each in wanted):
         student, *weights = torch._foreach_mul(wanted, grad)  # one call for all
     else:
         student, *weights = (each * grad.to(each.dtype) for each in wanted)
     dictionary = () if ctx.dictionary_grad else (None, None)
     return (student, None, *dictionary, *weights, None, None, None, None, None)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for several: within vmap, or for ``is_grads_batched=True``."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 _NO_DOUBLE_BACKWARD = (
@@ -241,6 +247,7 @@ def _may_overwrite(grad: Tensor | None) -> bool:
         type(grad) is Tensor
         and grad.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not _is_batched(grad)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
 

@@ -265,14 +265,41 @@ def test_unequal_scores(factor):
 
 
 def test_saturated_units_pass_no_gradient():
-    """Where tanh is 1 at all keys, the gradient of the query is 0 as it is in PyTorch, and not a
-    small number that large logits would make a large gradient of.
+    """Where tanh is 1 at all keys, the gradients of queries and keys are 0 as they are in PyTorch,
+    and not small numbers that large logits would make large gradients of.
     """
     inputs = make_attention(20, 10, 6, 64)
     inputs.w_query.abs_()
     inputs.logits.abs_().mul_(1e30)
     _, grads = run_compensate(inputs.to(torch.float32), "native", torch.ones(20, 10))
     assert not bool(grads[3].any())
+    assert float(grads[4].abs().max()) < 1e-20
+
+
+def test_an_absent_key_does_not_hide_that_the_others_are_small():
+    """What decides on the form of tanh leaves out keys that nothing attends to."""
+    inputs = make_attention(20, 10, 6, 64, scale=1e-4, zero_proportion=True)
+    inputs.prototypes[0] *= 1e5
+    assert_compensate_is_right(inputs, "posterior")
+
+
+@pytest.mark.parametrize("large", [1e20, 1e38])
+def test_large_scores(large):
+    """Units whose squares, or whose gradients' factors, lie beyond the range of float32."""
+    inputs = make_attention(20, 10, 6, 64)
+    inputs.w_score[3] = large
+    assert_compensate_is_right(inputs)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("name", ["logits", "w_query", "w_key", "w_score"])
+def test_no_kind_of_nan_is_lost(bits, name):
+    """NaN has many encodings, and conversions from float16 make unusual ones."""
+    inputs = make_attention(3, 5, 2, 7).to(torch.float32)
+    getattr(inputs, name).view(torch.int32).view(-1)[-1] = bits
+    got, expected = (compensate(*inputs.operands, backend=b) for b in ("native", "reference"))
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert bool(got.isnan().any())
 
 
 def test_nan_logits_spread_no_further_than_their_row():

@@ -320,6 +320,27 @@ def test_options_take_the_fused_path(options, ablation):
     ]
 
 
+@pytest.mark.parametrize("retain_graph", [False, True])
+@pytest.mark.parametrize("function", ["compensate", "loss"])
+def test_gradients_in_batches(function, retain_graph):
+    """``is_grads_batched`` is one backward pass for each gradient."""
+    inputs = make_attention(4, 5, 3, 6).to(torch.float32)
+    inputs.logits.requires_grad_()
+
+    def run() -> torch.Tensor:
+        if function == "loss":
+            return compensated_kd_loss(*inputs.loss_operands, 4.0)
+        return compensate(*inputs.operands)
+
+    outer = torch.randn(3, *run().shape)
+    (together,) = torch.autograd.grad(
+        run(), inputs.logits, outer, is_grads_batched=True, retain_graph=retain_graph
+    )
+    for one, got in zip(outer, together, strict=True):
+        (alone,) = torch.autograd.grad(run(), inputs.logits, one)
+        torch.testing.assert_close(got, alone)
+
+
 # -- memory ------------------------------------------------------------------
 
 SIZES = [(256, 10, 8, 256), (256, 100, 32, 256), (512, 100, 128, 256), (64, 300, 200, 128)]

@@ -101,7 +101,11 @@ Compensation<T>::Compensation(
   keys_.w_score = arena.take<T>(padded);
   keys_.inverse_score = arena.take<T>(padded);
   keys_.panel_largest = arena.take<T>(keys_.panels);
+  keys_.panel_weight = arena.take<T>(keys_.panels);
   keys_.panel_sum = arena.take<T>(keys_.panels);
+  keys_.panel_score = arena.take<T>(keys_.panels);
+  log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
+  keys_.log_prior = log_proportions_;
   factors_ = arena.take<T>(in_.prototypes);
   keys_.folded = nullptr;
   if (passes.forward) {
@@ -109,7 +113,6 @@ Compensation<T>::Compensation(
     // gradient of the keys.
     keys_.folded = arena.take<T>(keys_.count * padded);
     grad_key_ = keys_.folded;
-    log_proportions_ = in_.posterior ? arena.take<T>(in_.prototypes) : nullptr;
   }
   if (passes.backward) {
     const int64_t slab = slab_rows();
@@ -141,6 +144,12 @@ void Compensation<T>::prepare(T* key, bool project) {
   const int64_t d = in_.classes;
   const int64_t width = kernels_.panel_width;
   keys_.values = key;
+  for (int64_t i = 0; i < in_.prototypes; ++i) {
+    factors_[i] = in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
+    if (log_proportions_ != nullptr) {
+      log_proportions_[i] = std::log(in_.proportions[i]);
+    }
+  }
   kernels_.prepare_score(in_.w_score, keys_);
   torch::stable::parallel_for(
       0,
@@ -165,12 +174,6 @@ void Compensation<T>::prepare(T* key, bool project) {
         }
         kernels_.pack_keys(keys_, begin, end);
       });
-  for (int64_t i = 0; i < in_.prototypes; ++i) {
-    factors_[i] = in_.posterior ? in_.scale : in_.scale * in_.proportions[i];
-    if (log_proportions_ != nullptr) {
-      log_proportions_[i] = std::log(in_.proportions[i]);
-    }
-  }
   kernels_.finish_keys(keys_);
 }
 
@@ -203,7 +206,6 @@ void Compensation<T>::attend(
         keys_,
         std::min(attention_block, first + rows - b),
         query + b * in_.hidden,
-        log_proportions_,
         weights + b * in_.prototypes);
   }
 }

@@ -18,14 +18,14 @@ template <typename T>
 struct Bits;
 template <>
 struct Bits<float> {
-  using type = int32_t;
+  using type = uint32_t;
 };
 template <>
 struct Bits<double> {
-  using type = int64_t;
+  using type = uint64_t;
 };
 template <typename T>
-using IntVec = Vec<typename Bits<T>::type>;
+using BitsVec = Vec<typename Bits<T>::type>;
 
 template <typename T>
 inline Vec<T> absolute(Vec<T> x) {
@@ -163,10 +163,11 @@ struct ExpConstants<double> {
   static constexpr double tanh_limit = 20;
 };
 
-// e^x = 2^n (1 + r + r^2 tail), for lowest <= x <= highest.
+// e^x = power (1 + r + r^2 tail), power = 2^n, for lowest <= x <= highest; NaN
+// stays in r.
 template <typename T>
 struct ExpParts {
-  IntVec<T> shifted; // n in the low bits
+  Vec<T> power;
   Vec<T> r;
   Vec<T> tail;
 };
@@ -183,16 +184,16 @@ inline ExpParts<T> split_exp(Vec<T> x) {
   for (int k = degree - 1; k >= 0; --k) {
     tail = tail * r + C::tail[k];
   }
-  return {(IntVec<T>)shifted, r, tail};
+  // The low bits of `shifted` hold n.
+  const BitsVec<T> exponent = (BitsVec<T>)shifted + C::exponent_bias;
+  return {(Vec<T>)(exponent << C::mantissa_bits), r, tail};
 }
 
 template <typename T>
 inline Vec<T> exponential(Vec<T> x) {
   const ExpParts<T> parts = split_exp<T>(x);
   const Vec<T> mantissa = (parts.tail * parts.r + T(1)) * parts.r + T(1);
-  // n is added to the exponent.
-  return (Vec<T>)((IntVec<T>)mantissa +
-                  (parts.shifted << ExpConstants<T>::mantissa_bits));
+  return parts.power * mantissa;
 }
 
 // For softmax: any x <= 0.
@@ -209,29 +210,51 @@ inline Vec<T> hyperbolic_tangent(Vec<T> x) {
   const Vec<T> size = absolute<T>(x);
   const Vec<T> clamped = size > limit ? limit : size;
   const ExpParts<T> parts = split_exp<T>(clamped + clamped);
-  const Vec<T> power =
-      (Vec<T>)((parts.shifted + C::exponent_bias) << C::mantissa_bits);
   const Vec<T> rest = parts.r * parts.r * parts.tail + parts.r;
-  const Vec<T> minus_one = power * rest + (power - T(1));
+  const Vec<T> minus_one = parts.power * rest + (parts.power - T(1));
   const Vec<T> tangent = minus_one / (minus_one + T(2));
   return x < Vec<T>{} ? -tangent : tangent;
 }
+
+// A sum of so many vectors that adding one to the next would round too often.
+template <typename T>
+struct LongSum {
+  Vec<T> total = {};
+  Vec<T> part = {};
+  int count = 0;
+
+  void add(Vec<T> value) {
+    part += value;
+    if (++count == 16) {
+      total += part;
+      part = Vec<T>{};
+      count = 0;
+    }
+  }
+
+  T sum() const {
+    return sum_lanes<T>(total + part);
+  }
+};
 
 // -- Queries and keys ---------------------------------------------------------
 
 template <typename T>
 constexpr int64_t panel_width = 2 * lanes<T>;
 
-// tanh is computed directly where mean |query| + mean |key| is less than this
-// or |w_score| / largest_score_norm: the errors of 1 - 2 / (1 + e^2a e^2b) are
-// absolute, and so relative to tanh large where that is small; they show in the
-// softmax where w_score is large. Below the bounds the error was seen to exceed
-// that of computing tanh.
+// 1 - 2 / (1 + e^2a e^2b) errs by some roundings of 1, whatever tanh is, which
+// show where tanh is small, and in the softmax where w_score is large. tanh is
+// computed directly where, for any query of a block, the mean of |query| and
+// that of |key| come to less than smallest_mean or |w_score| /
+// largest_score_norm (values count as most_counted at most, as tanh does not
+// grow for ever), and where that of |key| alone is less than smallest_key_mean:
+// then tanh hardly differs between keys, and these differences are what the
+// gradient of w_score is made of. Beyond these bounds the error was seen to
+// exceed that of computing tanh.
 constexpr float smallest_mean = 0.25f;
-constexpr float largest_score_norm = 8;
-// Likewise of mean |key|: tanh of smaller ones hardly differs between keys, and
-// these differences are what the gradient of w_score is made of.
+constexpr float largest_score_norm = 4;
 constexpr float smallest_key_mean = 0.0625f;
+constexpr float most_counted = 2;
 
 // attend() divides the terms w / (1 + e^2a e^2b) of two hidden units at a time,
 // as 1 / c0 + 1 / c1 = (c0 + c1) / (c0 c1) with c = score_unit / w * (1 + e^2a
@@ -240,7 +263,7 @@ constexpr float smallest_key_mean = 0.0625f;
 // than smallest_score by the number of hidden units count as that.
 constexpr float score_unit = 0x1p-62f;
 constexpr float smallest_score = 0x1p-27f;
-constexpr float largest_product_exponent = 124.5f; // of the root of c0 c1
+constexpr float largest_exponent = 124.5f; // of c / score_unit, in bits
 // sweep() needs e^2a e^2b itself, or the product of two.
 constexpr float largest_sum = 43;
 constexpr float log2_of_e_squared = 2.8853900818f;
@@ -249,27 +272,43 @@ template <typename T>
 constexpr bool has_factored_form = sizeof(T) == 4;
 
 template <typename T>
+inline bool is_present(const AttentionKeys<T>& keys, int64_t i) {
+  return keys.log_prior == nullptr ||
+      keys.log_prior[i] != -static_cast<T>(__builtin_inff());
+}
+
+template <typename T>
+inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+// |value|, but most_counted at most.
+template <typename T>
+inline Vec<T> counted(Vec<T> value) {
+  return minimum<T>(
+      absolute<T>(value), broadcast(static_cast<T>(most_counted)));
+}
+
+template <typename T>
 void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
   const int64_t hidden = keys.hidden;
   Vec<T> largest_lanes = {};
   Vec<T> squares = {};
-  Vec<T> not_finite = {}; // NaN where a value is not, else 0
   for (int64_t h = 0; h < hidden; h += lanes<T>) {
     const Vec<T> size = absolute<T>(load_up_to(w_score + h, hidden - h, T(0)));
     largest_lanes = maximum<T>(size, largest_lanes);
-    not_finite += size - size;
     squares += size * size;
   }
   const T largest = largest_lane<T>(largest_lanes);
-  const bool finite = sum_lanes<T>(not_finite) == 0;
-  // Infinite where the squares overflow, so that nothing is factored.
   const T norm = __builtin_sqrt(sum_lanes<T>(squares));
   keys.smallest_mean = norm > smallest_mean * largest_score_norm
       ? norm / largest_score_norm
       : smallest_mean;
+  // Neither where a value is NaN or infinite nor where the squares overflow.
+  const bool usable = norm < static_cast<T>(__builtin_inff());
   // Within what both the power and its inverse can be.
   int exponent = 0;
-  if (largest > 0 && finite) {
+  if (largest > 0 && usable) {
     const int limit = ExpConstants<T>::exponent_bias - 1;
     exponent = __builtin_ilogb(largest);
     exponent = exponent < -limit ? -limit : exponent;
@@ -279,23 +318,35 @@ void prepare_score(const T* w_score, AttentionKeys<T>& keys) {
   const T inverse = 1 / keys.score_scale;
   const Vec<T> least =
       broadcast(static_cast<T>(smallest_score) / static_cast<T>(hidden));
-  Vec<T> largest_unit = {};
-  const int64_t padded = keys.panels * panel_width<T>;
-  for (int64_t h = 0; h < padded; h += lanes<T>) {
-    const Vec<T> w =
-        (h < hidden ? load_up_to(w_score + h, hidden - h, T(0)) : Vec<T>{}) *
-        inverse;
-    store(keys.w_score + h, w);
-    const Vec<T> unit =
-        static_cast<T>(score_unit) / maximum<T>(absolute<T>(w), least);
-    largest_unit = h < hidden ? maximum<T>(unit, largest_unit) : largest_unit;
-    store(keys.inverse_score + h, w < Vec<T>{} ? -unit : unit);
+  Vec<T> smallest = broadcast(T(1));
+  for (int64_t panel = 0; panel < keys.panels; ++panel) {
+    Vec<T> weight = {};
+    for (int64_t v = 0; v < 2; ++v) {
+      const int64_t h = panel * panel_width<T> + v * lanes<T>;
+      const int64_t left = hidden - h;
+      const Vec<T> w = inverse *
+          (left <= 0 ? Vec<T>{} : load_up_to(w_score + h, left, T(0)));
+      store(keys.w_score + h, w);
+      weight += absolute<T>(w);
+      // Lanes past the end have no part in the range.
+      const Vec<T> size = maximum<T>(absolute<T>(w), least);
+      store(keys.inverse_score + h, size);
+      smallest = minimum<T>(
+          left <= 0 ? smallest : load_up_to(keys.inverse_score + h, left, T(1)),
+          smallest);
+      const Vec<T> unit = static_cast<T>(score_unit) / size;
+      store(keys.inverse_score + h, w < Vec<T>{} ? -unit : unit);
+    }
+    keys.panel_weight[panel] = sum_lanes<T>(weight);
   }
-  const float spread =
-      static_cast<float>(largest_lane<T>(largest_unit)) / score_unit;
-  keys.fold_range = finite
-      ? (largest_product_exponent - __builtin_log2f(spread)) / log2_of_e_squared
+  const float least_size = static_cast<float>(-largest_lane<T>(-smallest));
+  keys.fold_range = usable
+      ? (largest_exponent + __builtin_log2f(least_size)) / log2_of_e_squared
       : 0;
+  keys.present = 0;
+  for (int64_t i = 0; i < keys.count; ++i) {
+    keys.present += is_present(keys, i);
+  }
 }
 
 template <typename T>
@@ -304,9 +355,10 @@ void pack_keys(AttentionKeys<T>& keys, int64_t begin, int64_t end) {
   const Vec<T> bound = broadcast(static_cast<T>(largest_sum));
   for (int64_t panel = begin; panel < end; ++panel) {
     Vec<T> largest = {};
-    T sum = 0;
+    Vec<T> sum = {};
+    Vec<T> score = {};
     for (int64_t i = 0; i < keys.count; ++i) {
-      Vec<T> row_sum = {};
+      const bool present = is_present(keys, i);
       for (int64_t part = 0; part < width; part += lanes<T>) {
         const int64_t unit = panel * width + part;
         const int64_t left = keys.hidden - unit;
@@ -315,7 +367,10 @@ void pack_keys(AttentionKeys<T>& keys, int64_t begin, int64_t end) {
             : load_up_to(keys.values + i * keys.hidden + unit, left, T(0));
         const Vec<T> size = absolute<T>(value);
         largest = maximum<T>(size, largest);
-        row_sum += size;
+        if (present) {
+          sum += counted<T>(value);
+          score += counted<T>(value) * absolute<T>(load(keys.w_score + unit));
+        }
         if constexpr (has_factored_form<T>) {
           if (keys.folded != nullptr) {
             // Beyond the bound they are not used.
@@ -326,10 +381,10 @@ void pack_keys(AttentionKeys<T>& keys, int64_t begin, int64_t end) {
           }
         }
       }
-      sum += sum_lanes<T>(row_sum);
     }
     keys.panel_largest[panel] = largest_lane<T>(largest);
-    keys.panel_sum[panel] = sum;
+    keys.panel_sum[panel] = sum_lanes<T>(sum);
+    keys.panel_score[panel] = sum_lanes<T>(score);
   }
 }
 
@@ -350,7 +405,7 @@ void finish_keys(AttentionKeys<T>& keys) {
   }
   keys.fold_limit = 0;
   keys.factor_limit = 0;
-  if constexpr (has_factored_form<T>) {
+  if (has_factored_form<T> && keys.fold_range > 0) {
     keys.fold_limit = query_limit<T>(keys.fold_range, largest);
     keys.factor_limit = query_limit<T>(largest_sum, largest);
   }
@@ -365,27 +420,35 @@ inline Vec<T> clamp(Vec<T> value, T limit) {
   return below < lowest ? lowest : below;
 }
 
-// Whether tanh of `rows` queries and the keys is to be computed directly for
-// units [first, first + width), given the sum of these |query|.
+// What the magnitudes of hidden units count by: |w_score| where the score is
+// made of them, alike where each has a gradient.
+enum class Counting { by_score, alike };
+
+// Whether tanh of queries and keys is to be computed directly for units [first,
+// first + width), given the smallest sum over them of a query's magnitudes.
 template <typename T>
 inline bool is_small(
     const AttentionKeys<T>& keys,
-    int64_t rows,
     int64_t first,
     int64_t width,
+    Counting counting,
     T query_sum) {
   const int64_t left = keys.hidden - first;
-  const T units = static_cast<T>(width < left ? width : left);
+  T units = static_cast<T>(width < left ? width : left);
+  T weight = 0;
   T key_sum = 0;
   for (int64_t panel = first / panel_width<T>;
        panel < keys.panels && panel * panel_width<T> < first + width;
        ++panel) {
-    key_sum += keys.panel_sum[panel];
+    weight += keys.panel_weight[panel];
+    key_sum +=
+        (counting == Counting::by_score ? keys.panel_score
+                                        : keys.panel_sum)[panel];
   }
-  const T query_mean = query_sum / (static_cast<T>(rows) * units);
-  const T key_mean = key_sum / (static_cast<T>(keys.count) * units);
-  return query_mean + key_mean < keys.smallest_mean ||
-      key_mean < static_cast<T>(smallest_key_mean);
+  units = counting == Counting::by_score ? weight : units;
+  key_sum /= static_cast<T>(keys.present > 0 ? keys.present : 1);
+  return query_sum + key_sum < units * keys.smallest_mean ||
+      key_sum < units * static_cast<T>(smallest_key_mean);
 }
 
 template <typename T>
@@ -394,42 +457,58 @@ inline Vec<T> activation(Vec<T> query, T unit) {
   return unit == 1 ? value : value * unit;
 }
 
-// Units [first, first + width) of `rows` queries: themselves, or, where limit >
-// 0 and they are not small, e^2query times `unit`. Returns whether the latter.
-template <typename T>
+// Units [first, first + width) of a block of queries: themselves, or, where
+// limit > 0 and none is small, e^2query times `unit`. Returns whether the
+// latter.
+template <Counting counting, typename T>
 bool activate(
     const AttentionKeys<T>& keys,
     int64_t rows,
     int64_t first,
     int64_t width,
-    const T* query, // [rows, query_stride]
-    int64_t query_stride,
+    const T* query, // [rows, H]
     T limit,
     T unit,
     T* activations, // [rows, stride]
     int64_t stride) {
+  const bool whole = first + width <= keys.hidden;
   const auto value_at = [&](int64_t b, int64_t h) {
+    const T* from = query + b * keys.hidden + first + h;
     const int64_t left = keys.hidden - (first + h);
-    return left <= 0
-        ? Vec<T>{}
-        : load_up_to(query + b * query_stride + first + h, left, T(0));
+    return whole    ? load(from)
+        : left <= 0 ? Vec<T>{}
+                    : load_up_to(from, left, T(0));
   };
   if constexpr (has_factored_form<T>) {
     if (limit > 0) {
-      Vec<T> sum = {};
-      const bool whole = first + width <= keys.hidden;
+      const T infinity = __builtin_inff();
+      Vec<T> sums[attention_block / lanes<T>][lanes<T>];
+      for (int64_t b = rows; b < attention_block; ++b) {
+        sums[b / lanes<T>][b % lanes<T>] = broadcast(infinity);
+      }
       for (int64_t b = 0; b < rows; ++b) {
+        Vec<T> sum = {};
         for (int64_t h = 0; h < width; h += lanes<T>) {
-          const Vec<T> value = whole
-              ? load(query + b * query_stride + first + h)
-              : value_at(b, h);
-          sum += absolute<T>(value);
+          const Vec<T> value = value_at(b, h);
+          if constexpr (counting == Counting::by_score) {
+            sum +=
+                counted<T>(value) * absolute<T>(load(keys.w_score + first + h));
+          } else {
+            sum += counted<T>(value);
+          }
           store(
               activations + b * stride + h,
               activation<T>(clamp<T>(value, limit), unit));
         }
+        sums[b / lanes<T>][b % lanes<T>] = sum;
       }
-      if (!is_small(keys, rows, first, width, sum_lanes<T>(sum))) {
+      Vec<T> smallest = broadcast(infinity);
+      for (auto& some : sums) {
+        sum_rows<lanes<T> / 2, T>(some);
+        smallest = minimum<T>(some[0], smallest);
+      }
+      if (!is_small(
+              keys, first, width, counting, -largest_lane<T>(-smallest))) {
         return true;
       }
     }
@@ -590,14 +669,14 @@ void softmax_row(int64_t count, const T* offset, T* values) {
     largest = maximum<T>(value, largest);
   }
   const Vec<T> shift = broadcast(largest_lane<T>(largest));
-  Vec<T> sum = {};
+  LongSum<T> sum;
   for (int64_t i = 0; i < count; i += lanes<T>) {
     const Vec<T> value = exponential_or_zero<T>(
         load_up_to(values + i, count - i, -infinity) - shift);
     store_up_to(values + i, count - i, value);
-    sum += value;
+    sum.add(value);
   }
-  const Vec<T> total = broadcast(sum_lanes<T>(sum));
+  const Vec<T> total = broadcast(sum.sum());
   for (int64_t i = 0; i < count; i += lanes<T>) {
     store_up_to(
         values + i, count - i, load_up_to(values + i, count - i, T(0)) / total);
@@ -614,7 +693,6 @@ void softmax_columns(
     const T* offset,
     T* scores,
     T* weights) {
-  constexpr int64_t chunk = 16; // so that no sum is of too many terms
   for (int64_t b = 0; b < attention_block; b += lanes<T>) {
     T* column = scores + b;
     Vec<T> largest = broadcast(-T(__builtin_inff()));
@@ -626,18 +704,14 @@ void softmax_columns(
       }
       largest = maximum<T>(value, largest);
     }
-    Vec<T> total = {};
-    for (int64_t first = 0; first < count; first += chunk) {
-      const int64_t last = first + chunk < count ? first + chunk : count;
-      Vec<T> sum = {};
-      for (int64_t i = first; i < last; ++i) {
-        T* at = column + i * attention_block;
-        const Vec<T> value = exponential_or_zero<T>(load(at) - largest);
-        store(at, value);
-        sum += value;
-      }
-      total += sum;
+    LongSum<T> sum;
+    for (int64_t i = 0; i < count; ++i) {
+      T* at = column + i * attention_block;
+      const Vec<T> value = exponential_or_zero<T>(load(at) - largest);
+      store(at, value);
+      sum.add(value);
     }
+    const Vec<T> total = sum.total + sum.part;
     for (int64_t i = 0; i < count; ++i) {
       T* at = column + i * attention_block;
       store(at, load(at) / total);
@@ -662,7 +736,6 @@ void attend(
     const AttentionKeys<T>& keys,
     int64_t rows,
     const T* query,
-    const T* log_prior,
     T* weights) {
   // Activations stay in the first-level cache.
   constexpr int64_t span = 1024 / static_cast<int64_t>(sizeof(T));
@@ -684,13 +757,12 @@ void attend(
   for (int64_t first = 0; first < padded; first += span) {
     const int64_t left = padded - first;
     const int64_t width = left < span ? left : span;
-    const bool folded = activate<T>(
+    const bool folded = activate<Counting::by_score, T>(
         keys,
         rows,
         first,
         width,
         query,
-        keys.hidden,
         keys.fold_limit,
         T(1),
         activations,
@@ -704,11 +776,11 @@ void attend(
                                                  scores);
   }
   if (by_columns) {
-    softmax_columns(rows, keys.count, log_prior, columns, weights);
+    softmax_columns(rows, keys.count, keys.log_prior, columns, weights);
     return;
   }
   for (int64_t b = 0; b < rows; ++b) {
-    softmax_row(keys.count, log_prior, weights + b * keys.count);
+    softmax_row(keys.count, keys.log_prior, weights + b * keys.count);
   }
 }
 
@@ -798,6 +870,16 @@ struct Terms {
       return estimate[v];
     }
   }
+
+  // value (1 - r), which is to be 0 where e^2a e^2b vanishes beside 1.
+  KDCI_INLINE Vec<T> slope(int v, Vec<T> value, Vec<T> r) const {
+    if constexpr (estimates) {
+      return value - value * r;
+    } else {
+      const T unit = denominator_unit;
+      return value * ((denominator[v] - unit) * (1 / unit) * r);
+    }
+  }
 };
 
 // Sums over `rows` queries and `count` keys, for the units of one panel: of
@@ -852,8 +934,8 @@ inline void sweep_rows_of(
       if constexpr (factored) {
         value0 = grad * term0;
         value1 = grad * term1;
-        slope0 = value0 - value0 * term0;
-        slope1 = value1 - value1 * term1;
+        slope0 = now.slope(0, value0, term0);
+        slope1 = now.slope(1, value1, term1);
       } else {
         value0 = T(-0.5) * grad * term0;
         value1 = T(-0.5) * grad * term1;
@@ -924,10 +1006,9 @@ void sweep_panel(
   constexpr int64_t width = panel_width<T>;
   const int64_t unit = panel * width;
   const int64_t units = keys.hidden - unit; // whole vectors and more, or less
-  const Vec<T> factor = broadcast(4 * keys.score_scale);
   const Vec<T> w[2] = {
-      factor * load(keys.w_score + unit),
-      factor * load(keys.w_score + unit + lanes<T>)};
+      keys.score_scale * load(keys.w_score + unit),
+      keys.score_scale * load(keys.w_score + unit + lanes<T>)};
   // Of grad_score * tanh, with the sums that sweep_rows_of makes taken twice.
   Vec<T> score[2] = {};
   Vec<T> rest_lanes = {};
@@ -935,13 +1016,12 @@ void sweep_panel(
   for (int64_t b = 0; b < rows; b += attention_block) {
     const int64_t left = rows - b;
     const int64_t count = left < attention_block ? left : attention_block;
-    const bool factored = activate<T>(
+    const bool factored = activate<Counting::alike, T>(
         keys,
         count,
         unit,
         width,
         query + b * keys.hidden,
-        keys.hidden,
         keys.factor_limit,
         static_cast<T>(denominator_unit),
         space.query[b],
@@ -1003,7 +1083,8 @@ void sweep_panel(
         const int64_t in_vector = units - v * lanes<T>;
         const Vec<T> before =
             accumulate ? load_up_to(to, in_vector, T(0)) : Vec<T>{};
-        store_up_to(to, in_vector, before + w[v] * space.key_sum[k][v]);
+        store_up_to(
+            to, in_vector, before + w[v] * (T(4) * space.key_sum[k][v]));
       }
     }
   }
@@ -1015,7 +1096,7 @@ void sweep_panel(
   for (int64_t b = 0; b < rows; ++b) {
     Vec<T> grad[2];
     for (int v = 0; v < 2; ++v) {
-      grad[v] = w[v] * space.query_sum[b][v];
+      grad[v] = w[v] * (T(4) * space.query_sum[b][v]);
       const Vec<T> at = load(space.query[b] + v * lanes<T>);
       const Vec<T> kept = (at >= highest) | (at <= lowest) ? Vec<T>{} : grad[v];
       grad[v] = space.factored[b / attention_block] ? kept : grad[v];
@@ -1105,9 +1186,9 @@ double divergence(
       return load_up_to(t + c, classes - c, -infinity) * inverse_temperature -
           t_max;
     };
-    Vec<T> s_sum = {};
-    Vec<T> t_sum = {};
-    Vec<T> cross = {};
+    LongSum<T> s_sum;
+    LongSum<T> t_sum;
+    LongSum<T> cross;
     for (int64_t c = 0; c < classes; c += lanes<T>) {
       const int64_t left = classes - c;
       const Vec<T> s_shifted =
@@ -1115,9 +1196,9 @@ double divergence(
       const Vec<T> t_shifted = teacher_at(c);
       const Vec<T> s_exp = exponential_or_zero<T>(s_shifted);
       const Vec<T> t_exp = exponential_or_zero<T>(t_shifted);
-      s_sum += s_exp;
-      t_sum += t_exp;
-      cross += t_exp == Vec<T>{} ? t_exp : t_exp * (t_shifted - s_shifted);
+      s_sum.add(s_exp);
+      t_sum.add(t_exp);
+      cross.add(t_exp == Vec<T>{} ? t_exp : t_exp * (t_shifted - s_shifted));
       if (grad_factor != 0) {
         store_up_to(s + c, left, s_exp);
         if (c + lanes<T> <= most_kept) {
@@ -1125,9 +1206,9 @@ double divergence(
         }
       }
     }
-    const T s_total = sum_lanes<T>(s_sum);
-    const T t_total = sum_lanes<T>(t_sum);
-    total += static_cast<double>(sum_lanes<T>(cross)) / t_total +
+    const T s_total = s_sum.sum();
+    const T t_total = t_sum.sum();
+    total += static_cast<double>(cross.sum()) / t_total +
         __builtin_log(static_cast<double>(s_total) / t_total);
     if (grad_factor == 0) {
       continue;

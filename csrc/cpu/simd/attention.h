@@ -29,20 +29,24 @@ constexpr int64_t sweep_rows = 256;
 /// panel_width, the last of which is filled up with zeros.
 template <typename T>
 struct AttentionKeys {
-  int64_t count;    // K
-  int64_t hidden;   // H
-  int64_t panels;   // H / panel_width, rounded up
-  const T* values;  // [K, H]
-  T* folded;        // [panels, K, panel_width], e^2key by w_score, or null
-  T* w_score;       // [panels * panel_width], w_score / score_scale
-  T* inverse_score; // [panels * panel_width], a constant by that
-  T* panel_largest; // [panels], max |key|
-  T* panel_sum;     // [panels], sum |key|
-  T score_scale;    // a power of two: |w_score| / score_scale is at most 2
-  T smallest_mean;  // of |query| + |key| for 1 - 2 / (1 + e^2a e^2b)
-  T fold_range;     // the largest |query| + |key| for `folded`
-  T fold_limit;     // likewise |query|; 0 if it cannot be used
-  T factor_limit;   // the largest |query| for e^2query in sweep(), or 0
+  int64_t count;      // K
+  int64_t hidden;     // H
+  int64_t panels;     // H / panel_width, rounded up
+  const T* values;    // [K, H]
+  const T* log_prior; // [K], added to the scores; may be null
+  int64_t present;    // keys whose log_prior is not -inf
+  T* folded;          // [panels, K, panel_width], e^2key by w_score, or null
+  T* w_score;         // [panels * panel_width], w_score / score_scale
+  T* inverse_score;   // [panels * panel_width], a constant by that
+  T* panel_largest;   // [panels], max |key|
+  T* panel_weight;    // [panels], sum |w_score|
+  T* panel_sum;       // [panels], sum |key|, of present keys and cut off
+  T* panel_score;     // [panels], the same by |w_score|
+  T score_scale;      // a power of two: |w_score| / score_scale is at most 2
+  T smallest_mean;    // of |query| + |key| for 1 - 2 / (1 + e^2a e^2b)
+  T fold_range;       // the largest |query| + |key| for `folded`
+  T fold_limit;       // likewise |query|; 0 if it cannot be used
+  T factor_limit;     // the largest |query| for e^2query in sweep(), or 0
 };
 
 template <typename T>
@@ -59,12 +63,11 @@ struct AttentionKernels {
   void (*finish_keys)(AttentionKeys<T>& keys);
 
   /// For one block of `rows` queries: weights [rows, K] = softmax_i(score +
-  /// log_prior); log_prior may be null.
+  /// log_prior).
   void (*attend)(
       const AttentionKeys<T>& keys,
       int64_t rows,
-      const T* query,     // [rows, H]
-      const T* log_prior, // [K]
+      const T* query, // [rows, H]
       T* weights);
 
   /// Replaces the gradients of what the weights multiply, by `factors`, by
