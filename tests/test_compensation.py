@@ -39,9 +39,9 @@ def run_loss(inputs: Attention, backend: str, temperature: float, **options):
 # -- against the reference ---------------------------------------------------
 
 
-def perturbed(inputs: Attention, eps: float) -> Attention:
+def perturbed(inputs: Attention, eps: float, seed: int) -> Attention:
     """Inputs in float64 that are each off by one rounding."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return Attention(
         *(
             v.double() * (1 + eps * torch.randn(v.shape, generator=generator, dtype=torch.float64))
@@ -59,21 +59,25 @@ def assert_rounding_only(run, inputs: Attention, bounds) -> None:
     """Hold the native result to what rounding explains.
 
     That is: three times what plain PyTorch errs in the same precision, what one rounding of the
-    inputs does to the exact result, and a few roundings of the largest terms.
+    inputs does to the exact result, and a few roundings of the largest terms. The inputs are
+    rounded in several ways, since a result that hangs on few of them may be lucky in one.
     """
     eps = torch.finfo(torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32).eps
     exact = flat(run(inputs.to(torch.float64), "reference"))
     plain = flat(run(inputs, "reference"))
     got = flat(run(inputs, "native"))
-    moved = flat(run(perturbed(inputs, eps), "reference"))
-    for one, other, truth, shift, bound in zip(got, plain, exact, moved, bounds, strict=True):
+    moved = zip(
+        *(flat(run(perturbed(inputs, eps, seed), "reference")) for seed in range(4)), strict=True
+    )
+    for one, other, truth, shifted, bound in zip(got, plain, exact, moved, bounds, strict=True):
         assert one.dtype == other.dtype
         assert one.shape == truth.shape
         # A float16 gradient may truly lie beyond its type's range.
         within = truth.abs() < 0.99 * torch.finfo(one.dtype).max
-        one, other, shift, truth = (value[within] for value in (one, other, shift, truth))
+        one, other, truth, *shifted = (value[within] for value in (one, other, truth, *shifted))
         assert bool(torch.isfinite(one).all())
-        allowed = 3 * (max_error(other, truth) + max_error(shift, truth)) + 4 * eps * float(bound)
+        moves = max(max_error(shift, truth) for shift in shifted)
+        allowed = 3 * (max_error(other, truth) + moves) + 4 * eps * float(bound)
         stored = torch.finfo(one.dtype)
         largest = float(truth.abs().max()) if truth.numel() else 0.0
         allowed += stored.eps * largest + stored.smallest_normal * stored.eps
