@@ -306,6 +306,15 @@ def test_no_kind_of_nan_is_lost(bits, name):
     assert bool(got.isnan().any())
 
 
+def test_nan_gradients_are_not_cut_off_with_their_queries():
+    inputs = make_attention(3, 5, 4, 6).to(torch.float32)
+    inputs.logits[1, 2] = float("inf")
+    _, got = run_loss(inputs, "native", 4.0)
+    _, expected = run_loss(inputs, "reference", 4.0)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+
+
 def test_nan_logits_spread_no_further_than_their_row():
     inputs = make_attention(6, 10, 4, 32).to(torch.float32)
     clean = compensate(*inputs.operands)

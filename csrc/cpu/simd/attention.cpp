@@ -1098,7 +1098,10 @@ void sweep_panel(
     for (int v = 0; v < 2; ++v) {
       grad[v] = w[v] * (T(4) * space.query_sum[b][v]);
       const Vec<T> at = load(space.query[b] + v * lanes<T>);
-      const Vec<T> kept = (at >= highest) | (at <= lowest) ? Vec<T>{} : grad[v];
+      // NaN stays, as it would times 0.
+      const auto cut =
+          ((at >= highest) | (at <= lowest)) & (grad[v] == grad[v]);
+      const Vec<T> kept = cut ? Vec<T>{} : grad[v];
       grad[v] = space.factored[b / attention_block] ? kept : grad[v];
     }
     T* to = grad_query + b * keys.hidden + unit;
