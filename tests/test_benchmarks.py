@@ -71,11 +71,22 @@ def test_rounds_take_turns_and_seeds() -> None:
 
 
 def test_short_calls_are_averaged() -> None:
-    """A call shorter than the clock's ticks is repeated within a sample; the mean is reported."""
+    """A call shorter than the clock's ticks is repeated within a sample, of which the mean is
+    reported; before each sample come calls for five times as long that are not timed.
+    """
     machine = Machine()
     found = measure([machine.contender("a", 1e-4)], machine.timer(), seconds=0, min_rounds=2)
     assert found["a"].median_ms == pytest.approx(0.1)
-    assert len(machine.log) == 2 + 2 * 20
+    first = len(machine.log) - 2 * (100 + 20)  # those that find out how long a call takes
+    assert first in (1 + 20, 1 + 21)
+    assert [seed for _, seed in machine.log[first:]] == [0] * 120 + [1] * 120
+
+
+def test_long_calls_are_not_repeated() -> None:
+    """A call that is long by itself has no need of calls before it."""
+    machine = Machine()
+    measure([machine.contender("a", 0.5)], machine.timer(), seconds=0, min_rounds=3)
+    assert len(machine.log) == 3
 
 
 def test_disturbed_samples_are_dropped_and_repeated() -> None:
