@@ -72,14 +72,14 @@ def test_rounds_take_turns_and_seeds() -> None:
 
 def test_short_calls_are_averaged() -> None:
     """A call shorter than the clock's ticks is repeated within a sample, of which the mean is
-    reported; before each sample come calls for five times as long that are not timed.
+    reported; before each sample come calls for 25 times as long that are not timed.
     """
     machine = Machine()
     found = measure([machine.contender("a", 1e-4)], machine.timer(), seconds=0, min_rounds=2)
     assert found["a"].median_ms == pytest.approx(0.1)
-    first = len(machine.log) - 2 * (100 + 20)  # those that find out how long a call takes
+    first = len(machine.log) - 2 * (500 + 20)  # those that find out how long a call takes
     assert first in (1 + 20, 1 + 21)
-    assert [seed for _, seed in machine.log[first:]] == [0] * 120 + [1] * 120
+    assert [seed for _, seed in machine.log[first:]] == [0] * 520 + [1] * 520
 
 
 def test_long_calls_are_not_repeated() -> None:
