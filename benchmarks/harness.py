@@ -200,6 +200,7 @@ def measure(
             contender.run(seed)
         wall, cpu, start = timer.wall(), timer.cpu(), timer.clock()
         for _ in range(record.calls):
+            result = None  # what a loop frees before it makes it anew
             result = contender.run(seed)
         taken = timer.clock() - start
         cpu, wall = timer.cpu() - cpu, timer.wall() - wall
