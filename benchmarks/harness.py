@@ -8,8 +8,8 @@ that wait burn CPU time) and on a GPU.
 
 Calls that last less than ``SLOW_S`` are timed as they are in a loop. After another contender's turn
 caches, branch predictors and the allocator's free memory are that one's, for which the first calls
-pay (one of 0.2 ms takes up to five times as long, and of 2 ms the tenth is still some percent
-slower than later ones): before each sample come calls that are not timed, for ``LEAD_S``.
+pay: before each sample come calls that are not timed, for ``LEAD_S``, and what a call returned is
+freed before the next one. All contenders alike.
 
 Beside every sample runs a check: a short burst of float32 matrix products, whose rate is bound by
 the multipliers alone. A sample whose check, before or after it, falls more than ``TOLERANCE`` below

@@ -408,7 +408,7 @@ def _needs_grad(tensors: tuple[Tensor, ...]) -> bool:
 
     In eager mode it then gets them by functions of ours: what ``register_autograd`` makes costs
     four times as much, as long as the kernels at the smallest shapes, but is what torch.compile
-    sees. So does passing it by where no gradients are wanted.
+    sees. Where no gradients are wanted, that is passed by as well.
     """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
