@@ -360,9 +360,10 @@ def _call(name: str, functional: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return getattr(torch.ops.kdci_ext, name).default(*inputs)  # type: ignore[no-any-return]
 
 
-# Some versions of PyTorch annotate it, some do not.
-_apply_compensate: Any = _Compensate.apply
-_apply_kd_loss: Any = _CompensatedKDLoss.apply
+# What Function.apply calls in the end. It first looks for transforms and for a setup_context; the
+# callers know that there are none.
+_apply_compensate: Any = super(torch.autograd.Function, _Compensate).apply
+_apply_kd_loss: Any = super(torch.autograd.Function, _CompensatedKDLoss).apply
 
 
 def compensate(*inputs: Any) -> Tensor:

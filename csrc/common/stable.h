@@ -29,15 +29,15 @@ inline ScalarType accumulate_type(ScalarType input) {
 /// it takes a third of the time of a call through the dispatcher, which small
 /// problems feel.
 inline Tensor empty_cpu(
-    std::initializer_list<int64_t> sizes,
+    const int64_t* sizes,
+    int64_t dim,
     ScalarType dtype) {
   int64_t strides[4];
   int64_t stride = 1;
-  const auto dim = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dim <= 4, "empty_cpu: more than 4 dimensions");
   for (int64_t i = dim - 1; i >= 0; --i) {
     strides[i] = stride;
-    stride *= sizes.begin()[i] > 0 ? sizes.begin()[i] : 1;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   const int32_t code = dtype == ScalarType::Float ? aoti_torch_dtype_float32()
       : dtype == ScalarType::Double               ? aoti_torch_dtype_float64()
@@ -50,13 +50,26 @@ inline Tensor empty_cpu(
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim,
-      sizes.begin(),
+      sizes,
       strides,
       code,
       aoti_torch_device_type_cpu(),
       0,
       &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_cpu(
+    std::initializer_list<int64_t> sizes,
+    ScalarType dtype) {
+  return empty_cpu(
+      sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+}
+
+inline Tensor empty_cpu_like(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return empty_cpu(
+      sizes.data(), static_cast<int64_t>(sizes.size()), tensor.scalar_type());
 }
 
 /// A contiguous tensor of type `dtype` with the values of `tensor`; `tensor`

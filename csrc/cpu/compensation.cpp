@@ -75,16 +75,16 @@ CompensationInputs<T>::CompensationInputs(
 CompensationGrads::CompensationGrads(
     const CompensationTensors& tensors,
     bool dictionary)
-    : logits(torch::stable::empty_like(tensors.logits)),
+    : logits(empty_cpu_like(tensors.logits)),
       prototypes(
-          dictionary ? torch::stable::empty_like(tensors.prototypes)
+          dictionary ? empty_cpu_like(tensors.prototypes)
                      : empty_cpu({0}, tensors.dtype)),
       proportions(
-          dictionary ? torch::stable::empty_like(tensors.proportions)
+          dictionary ? empty_cpu_like(tensors.proportions)
                      : empty_cpu({0}, tensors.dtype)),
-      w_query(torch::stable::empty_like(tensors.w_query)),
-      w_key(torch::stable::empty_like(tensors.w_key)),
-      w_score(torch::stable::empty_like(tensors.w_score)),
+      w_query(empty_cpu_like(tensors.w_query)),
+      w_key(empty_cpu_like(tensors.w_key)),
+      w_score(empty_cpu_like(tensors.w_score)),
       dictionary(dictionary) {}
 
 template <typename T>
@@ -458,7 +458,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
   const int64_t batch = logits.size(0);
   const int64_t count = prototypes.size(0);
   const int64_t hidden = w_score.size(0);
-  const Tensor compensated = torch::stable::empty_like(tensors.logits);
+  const Tensor compensated = empty_cpu_like(tensors.logits);
   const Tensor weights = empty_cpu({batch, count}, tensors.dtype);
   const Tensor query = empty_cpu({batch, hidden}, tensors.dtype);
   const Tensor key = empty_cpu({count, hidden}, tensors.dtype);

@@ -106,7 +106,7 @@ compensated_kd_loss(
   const Tensor loss = empty_cpu({}, tensors.dtype);
 
   if (!need_grad) {
-    const Tensor compensated = torch::stable::empty_like(tensors.logits);
+    const Tensor compensated = empty_cpu_like(tensors.logits);
     dispatch_compute_type(tensors.dtype, [&](auto zero) {
       using T = decltype(zero);
       compute_loss<T>(

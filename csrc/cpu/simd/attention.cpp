@@ -29,7 +29,17 @@ using BitsVec = Vec<typename Bits<T>::type>;
 
 template <typename T>
 inline Vec<T> absolute(Vec<T> x) {
-  return maximum<T>(x, -x);
+  using Word = typename Bits<T>::type;
+  return (Vec<T>)((BitsVec<T>)x & (~Word(0) >> 1));
+}
+
+// The larger of two magnitudes. As whole numbers they have the same order, in
+// which NaN comes last, and comparing these is a single fast instruction.
+template <typename T>
+inline Vec<T> larger_size(Vec<T> x, Vec<T> y) {
+  const auto a = (BitsVec<T>)x;
+  const auto b = (BitsVec<T>)y;
+  return (Vec<T>)(a > b ? a : b);
 }
 
 // Takes x and y as consecutive segments of `size` values, and adds the
@@ -164,36 +174,71 @@ struct ExpConstants<double> {
 };
 
 // e^x = power (1 + r + r^2 tail), power = 2^n, for lowest <= x <= highest; NaN
-// stays in r.
-template <typename T>
+// stays in r. Of several vectors step by step, since one alone is a chain of
+// operations each of which waits for the one before.
+template <int count, typename T>
 struct ExpParts {
-  Vec<T> power;
-  Vec<T> r;
-  Vec<T> tail;
+  Vec<T> power[count];
+  Vec<T> r[count];
+  Vec<T> tail[count];
 };
 
-template <typename T>
-inline ExpParts<T> split_exp(Vec<T> x) {
+template <int count, typename T>
+KDCI_INLINE ExpParts<count, T> split_exp(const Vec<T> (&x)[count]) {
   using C = ExpConstants<T>;
-  const Vec<T> shifted = x * C::log2_e + C::round;
-  const Vec<T> n = shifted - C::round;
-  const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
+  ExpParts<count, T> parts;
+  Vec<T> shifted[count];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    shifted[i] = x[i] * C::log2_e + C::round;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    const Vec<T> n = shifted[i] - C::round;
+    parts.r[i] = (x[i] - n * C::ln2_high) - n * C::ln2_low;
+    // The low bits of `shifted` hold n.
+    const BitsVec<T> exponent = (BitsVec<T>)shifted[i] + C::exponent_bias;
+    parts.power[i] = (Vec<T>)(exponent << C::mantissa_bits);
+  }
   constexpr int degree = sizeof(C::tail) / sizeof(T) - 1;
-  Vec<T> tail = broadcast(C::tail[degree]);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    parts.tail[i] = broadcast(C::tail[degree]);
+  }
 #pragma GCC unroll 16
   for (int k = degree - 1; k >= 0; --k) {
-    tail = tail * r + C::tail[k];
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+      parts.tail[i] = parts.tail[i] * parts.r[i] + C::tail[k];
+    }
   }
-  // The low bits of `shifted` hold n.
-  const BitsVec<T> exponent = (BitsVec<T>)shifted + C::exponent_bias;
-  return {(Vec<T>)(exponent << C::mantissa_bits), r, tail};
+  return parts;
+}
+
+// x = e^x
+template <int count, typename T>
+KDCI_INLINE void exponentials(Vec<T> (&x)[count]) {
+  const ExpParts<count, T> parts = split_exp<count, T>(x);
+  Vec<T> mantissa[count];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    mantissa[i] = parts.tail[i] * parts.r[i] + T(1);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    mantissa[i] = mantissa[i] * parts.r[i] + T(1);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    x[i] = parts.power[i] * mantissa[i];
+  }
 }
 
 template <typename T>
 inline Vec<T> exponential(Vec<T> x) {
-  const ExpParts<T> parts = split_exp<T>(x);
-  const Vec<T> mantissa = (parts.tail * parts.r + T(1)) * parts.r + T(1);
-  return parts.power * mantissa;
+  Vec<T> values[1] = {x};
+  exponentials<1, T>(values);
+  return values[0];
 }
 
 // For softmax: any x <= 0.
@@ -209,9 +254,12 @@ inline Vec<T> hyperbolic_tangent(Vec<T> x) {
   const Vec<T> limit = broadcast(C::tanh_limit);
   const Vec<T> size = absolute<T>(x);
   const Vec<T> clamped = size > limit ? limit : size;
-  const ExpParts<T> parts = split_exp<T>(clamped + clamped);
-  const Vec<T> rest = parts.r * parts.r * parts.tail + parts.r;
-  const Vec<T> minus_one = parts.power * rest + (parts.power - T(1));
+  const Vec<T> twice[1] = {clamped + clamped};
+  const ExpParts<1, T> parts = split_exp<1, T>(twice);
+  const Vec<T> r = parts.r[0];
+  const Vec<T> power = parts.power[0];
+  const Vec<T> rest = r * r * parts.tail[0] + r;
+  const Vec<T> minus_one = power * rest + (power - T(1));
   const Vec<T> tangent = minus_one / (minus_one + T(2));
   return x < Vec<T>{} ? -tangent : tangent;
 }
@@ -282,11 +330,11 @@ inline Vec<T> minimum(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
-// |value|, but most_counted at most.
+// A magnitude as it counts.
 template <typename T>
-inline Vec<T> counted(Vec<T> value) {
-  return minimum<T>(
-      absolute<T>(value), broadcast(static_cast<T>(most_counted)));
+inline Vec<T> counted(Vec<T> size) {
+  const Vec<T> most = broadcast(static_cast<T>(most_counted));
+  return minimum<T>(most, size);
 }
 
 template <typename T>
@@ -368,8 +416,8 @@ void pack_keys(AttentionKeys<T>& keys, int64_t begin, int64_t end) {
         const Vec<T> size = absolute<T>(value);
         largest = maximum<T>(size, largest);
         if (present) {
-          sum += counted<T>(value);
-          score += counted<T>(value) * absolute<T>(load(keys.w_score + unit));
+          sum += counted<T>(size);
+          score += counted<T>(size) * absolute<T>(load(keys.w_score + unit));
         }
         if constexpr (has_factored_form<T>) {
           if (keys.folded != nullptr) {
@@ -424,15 +472,11 @@ inline Vec<T> clamp(Vec<T> value, T limit) {
 // made of them, alike where each has a gradient.
 enum class Counting { by_score, alike };
 
-// Whether tanh of queries and keys is to be computed directly for units [first,
-// first + width), given the smallest sum over them of a query's magnitudes.
-template <typename T>
-inline bool is_small(
-    const AttentionKeys<T>& keys,
-    int64_t first,
-    int64_t width,
-    Counting counting,
-    T query_sum) {
+// What the magnitudes of each query of a block must add up to, over units
+// [first, first + width), if tanh need not be computed directly: infinite where
+// the keys forbid it, and not positive where they are large enough alone.
+template <Counting counting, typename T>
+T query_sum_needed(const AttentionKeys<T>& keys, int64_t first, int64_t width) {
   const int64_t left = keys.hidden - first;
   T units = static_cast<T>(width < left ? width : left);
   T weight = 0;
@@ -447,21 +491,117 @@ inline bool is_small(
   }
   units = counting == Counting::by_score ? weight : units;
   key_sum /= static_cast<T>(keys.present > 0 ? keys.present : 1);
-  return query_sum + key_sum < units * keys.smallest_mean ||
-      key_sum < units * static_cast<T>(smallest_key_mean);
+  return key_sum < units * static_cast<T>(smallest_key_mean)
+      ? static_cast<T>(__builtin_inff())
+      : units * keys.smallest_mean - key_sum;
 }
 
-template <typename T>
-inline Vec<T> activation(Vec<T> query, T unit) {
-  const Vec<T> value = exponential<T>(query + query);
-  return unit == 1 ? value : value * unit;
+// The least that the magnitudes of a query of a block add up to.
+template <Counting counting, typename T>
+T least_query_sum(
+    const AttentionKeys<T>& keys,
+    int64_t rows,
+    int64_t first,
+    int64_t width,
+    const T* query) {
+  T least = __builtin_inff();
+  for (int64_t b = 0; b < rows; ++b) {
+    Vec<T> sum = {};
+    for (int64_t h = first; h < first + width && h < keys.hidden;
+         h += lanes<T>) {
+      Vec<T> size = counted<T>(absolute<T>(
+          load_up_to(query + b * keys.hidden + h, keys.hidden - h, T(0))));
+      if constexpr (counting == Counting::by_score) {
+        size *= absolute<T>(load(keys.w_score + h));
+      }
+      sum += size;
+    }
+    const T total = sum_lanes<T>(sum);
+    least = total < least ? total : least;
+  }
+  return least;
 }
+
+// query = unit * e^2query
+template <int count, typename T>
+KDCI_INLINE void exponentials_of_twice(Vec<T> (&query)[count], T unit) {
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    query[i] += query[i];
+  }
+  exponentials<count, T>(query);
+#pragma GCC unroll 4
+  for (int i = 0; i < count && unit != 1; ++i) {
+    query[i] *= unit;
+  }
+}
+
+// Units [first, first + width) of a block of queries, filled up with zeros.
+template <typename T>
+void copy_units(
+    int64_t hidden,
+    int64_t rows,
+    int64_t first,
+    int64_t width,
+    const T* query, // [rows, hidden]
+    T* units,       // [rows, stride]
+    int64_t stride) {
+  for (int64_t b = 0; b < rows; ++b) {
+    for (int64_t h = 0; h < width; h += lanes<T>) {
+      const int64_t left = hidden - (first + h);
+      const Vec<T> value = left > 0
+          ? load_up_to(query + b * hidden + first + h, left, T(0))
+          : Vec<T>{};
+      store(units + b * stride + h, value);
+    }
+  }
+}
+
+// activations = unit * e^2units, of units that are cut off at +-limit, or, without
+// `cut`, expected to lie within. Returns the largest magnitude of a unit; NaN
+// may be passed over.
+template <bool cut, typename T>
+T exponentiate(
+    int64_t rows,
+    int64_t width, // whole panels
+    const T* units,
+    int64_t units_stride,
+    T limit,
+    T unit,
+    T* activations, // may be units
+    int64_t stride) {
+  Vec<T> largest = {};
+  for (int64_t b = 0; b < rows; b += 2) {
+    const int64_t row[2] = {b, b + 1 < rows ? b + 1 : b};
+    for (int64_t h = 0; h < width; h += 2 * lanes<T>) {
+      Vec<T> values[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Vec<T> value = load(
+            units + row[i / 2] * units_stride + h + i % 2 * lanes<T>);
+        largest = larger_size<T>(absolute<T>(value), largest);
+        values[i] = cut ? clamp<T>(value, limit) : value;
+      }
+      exponentials_of_twice<4, T>(values, unit);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        store(
+            activations + row[i / 2] * stride + h + i % 2 * lanes<T>,
+            values[i]);
+      }
+    }
+  }
+  return largest_lane<T>(largest);
+}
+
+// What activate() makes of a block of queries: themselves, or factors of e^2a
+// e^2b, of queries that may have been cut off.
+enum class Form { direct, factored, cut_off };
 
 // Units [first, first + width) of a block of queries: themselves, or, where
-// limit > 0 and none is small, e^2query times `unit`. Returns whether the
-// latter.
+// limit > 0 and none is small, e^2query times `unit`.
 template <Counting counting, typename T>
-bool activate(
+Form activate(
     const AttentionKeys<T>& keys,
     int64_t rows,
     int64_t first,
@@ -471,54 +611,33 @@ bool activate(
     T unit,
     T* activations, // [rows, stride]
     int64_t stride) {
-  const bool whole = first + width <= keys.hidden;
-  const auto value_at = [&](int64_t b, int64_t h) {
-    const T* from = query + b * keys.hidden + first + h;
-    const int64_t left = keys.hidden - (first + h);
-    return whole    ? load(from)
-        : left <= 0 ? Vec<T>{}
-                    : load_up_to(from, left, T(0));
-  };
   if constexpr (has_factored_form<T>) {
-    if (limit > 0) {
-      const T infinity = __builtin_inff();
-      Vec<T> sums[attention_block / lanes<T>][lanes<T>];
-      for (int64_t b = rows; b < attention_block; ++b) {
-        sums[b / lanes<T>][b % lanes<T>] = broadcast(infinity);
+    const T needed = query_sum_needed<counting>(keys, first, width);
+    const bool small = needed > 0 &&
+        least_query_sum<counting>(keys, rows, first, width, query) < needed;
+    if (limit > 0 && !small) {
+      const T* units = query + first;
+      if (first + width <= keys.hidden &&
+          exponentiate<false>(
+              rows,
+              width,
+              units,
+              keys.hidden,
+              limit,
+              unit,
+              activations,
+              stride) < limit) {
+        return Form::factored;
       }
-      for (int64_t b = 0; b < rows; ++b) {
-        Vec<T> sum = {};
-        for (int64_t h = 0; h < width; h += lanes<T>) {
-          const Vec<T> value = value_at(b, h);
-          if constexpr (counting == Counting::by_score) {
-            sum +=
-                counted<T>(value) * absolute<T>(load(keys.w_score + first + h));
-          } else {
-            sum += counted<T>(value);
-          }
-          store(
-              activations + b * stride + h,
-              activation<T>(clamp<T>(value, limit), unit));
-        }
-        sums[b / lanes<T>][b % lanes<T>] = sum;
-      }
-      Vec<T> smallest = broadcast(infinity);
-      for (auto& some : sums) {
-        sum_rows<lanes<T> / 2, T>(some);
-        smallest = minimum<T>(some[0], smallest);
-      }
-      if (!is_small(
-              keys, first, width, counting, -largest_lane<T>(-smallest))) {
-        return true;
-      }
+      copy_units<T>(
+          keys.hidden, rows, first, width, query, activations, stride);
+      exponentiate<true>(
+          rows, width, activations, stride, limit, unit, activations, stride);
+      return Form::cut_off;
     }
   }
-  for (int64_t b = 0; b < rows; ++b) {
-    for (int64_t h = 0; h < width; h += lanes<T>) {
-      store(activations + b * stride + h, value_at(b, h));
-    }
-  }
-  return false;
+  copy_units<T>(keys.hidden, rows, first, width, query, activations, stride);
+  return Form::direct;
 }
 
 // -- Scores and their softmax -------------------------------------------------
@@ -757,7 +876,7 @@ void attend(
   for (int64_t first = 0; first < padded; first += span) {
     const int64_t left = padded - first;
     const int64_t width = left < span ? left : span;
-    const bool folded = activate<Counting::by_score, T>(
+    const Form form = activate<Counting::by_score, T>(
         keys,
         rows,
         first,
@@ -767,13 +886,9 @@ void attend(
         T(1),
         activations,
         span);
-    (folded ? add_folded : add_direct_scores<T>)(keys,
-                                                 rows,
-                                                 first,
-                                                 width,
-                                                 activations,
-                                                 span,
-                                                 scores);
+    const auto add_scores =
+        form == Form::direct ? add_direct_scores<T> : add_folded;
+    add_scores(keys, rows, first, width, activations, span, scores);
   }
   if (by_columns) {
     softmax_columns(rows, keys.count, keys.log_prior, columns, weights);
@@ -786,6 +901,37 @@ void attend(
 
 // -- Backward -----------------------------------------------------------------
 
+// grad_scores of up to lanes<T> rows that fill no vector each. All rows are read
+// before one is written: a masked store holds up a read of what comes after it.
+template <typename T>
+void grad_scores_of_narrow(
+    int64_t rows,
+    int64_t count,
+    const T* factors,
+    const T* weights,
+    T* grad,
+    T* row_sums) {
+  const Vec<T> factor = load_up_to(factors, count, T(0));
+  Vec<T> weight[lanes<T>];
+  Vec<T> value[lanes<T>];
+  Vec<T> sums[lanes<T>] = {};
+  for (int64_t b = 0; b < rows; ++b) {
+    weight[b] = load_up_to(weights + b * count, count, T(0));
+    value[b] = factor * load_up_to(grad + b * count, count, T(0));
+    sums[b] = weight[b] * value[b];
+  }
+  sum_rows<lanes<T> / 2, T>(sums);
+  alignas(64) T means[lanes<T>];
+  store(means, sums[0]);
+  Vec<T> totals[lanes<T>] = {};
+  for (int64_t b = 0; b < rows; ++b) {
+    totals[b] = weight[b] * (value[b] - means[b]);
+    store_up_to(grad + b * count, count, totals[b]);
+  }
+  sum_rows<lanes<T> / 2, T>(totals);
+  store_up_to(row_sums, rows, totals[0]);
+}
+
 template <typename T>
 void grad_scores(
     int64_t rows,
@@ -794,7 +940,16 @@ void grad_scores(
     const T* weights,
     T* grad,
     T* row_sums) {
-  for (int64_t b = 0; b < rows; ++b) {
+  for (int64_t b = 0; b < rows && count <= lanes<T>; b += lanes<T>) {
+    grad_scores_of_narrow(
+        rows - b < lanes<T> ? rows - b : lanes<T>,
+        count,
+        factors,
+        weights + b * count,
+        grad + b * count,
+        row_sums + b);
+  }
+  for (int64_t b = 0; b < rows && count > lanes<T>; ++b) {
     const T* weight = weights + b * count;
     T* row = grad + b * count;
     Vec<T> sum = {};
@@ -834,7 +989,7 @@ struct PanelSpace {
   Vec<T> key[key_block][2];          // values
   Vec<T> exponentials[key_block][2]; // e^2key
   Vec<T> key_sum[key_block][2];
-  bool factored[sweep_rows / attention_block];
+  Form form[sweep_rows / attention_block];
 };
 
 // What becomes r = 1 / (1 + e^2a e^2b), or, if not `factored`, tanh(a + b), for
@@ -884,7 +1039,8 @@ struct Terms {
 
 // Sums over `rows` queries and `count` keys, for the units of one panel: of
 // grad_score * (1 - tanh^2) / 4 by query and by key, and of grad_score * (1 -
-// tanh) / 2, or, if not `factored`, of -grad_score * tanh / 2.
+// tanh) / 2, or, if not `factored`, of -grad_score * tanh / 2. They are added to
+// what is there, but for those by query of the `first` keys.
 template <int rows, bool factored, typename T>
 inline void sweep_rows_of(
     int64_t count,
@@ -892,6 +1048,7 @@ inline void sweep_rows_of(
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
+    bool first,
     Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
@@ -957,8 +1114,10 @@ inline void sweep_rows_of(
   }
   handle(count - 1, count - 1);
   for (int r = 0; r < rows; ++r) {
-    query_sum[r][0] += slope_sum[r][0];
-    query_sum[r][1] += slope_sum[r][1];
+    for (int v = 0; v < 2; ++v) {
+      query_sum[r][v] =
+          first ? slope_sum[r][v] : query_sum[r][v] + slope_sum[r][v];
+    }
   }
   score[0] += value_sum[0];
   score[1] += value_sum[1];
@@ -973,6 +1132,7 @@ void sweep_block(
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
+    bool first,
     Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
@@ -983,9 +1143,30 @@ void sweep_block(
                                                    keys,
                                                    grad_score + b * grad_stride,
                                                    grad_stride,
+                                                   first,
                                                    query_sum + b,
                                                    key_sum,
                                                    score);
+  }
+}
+
+// Removes the sums of queries that were cut off, where tanh is 1 for all keys.
+// NaN stays, as it would times 0.
+template <typename T>
+void drop_cut_off(
+    int64_t rows,
+    T limit,
+    const T (*activations)[panel_width<T>],
+    Vec<T> (*query_sum)[2]) {
+  Vec<T> ends[2] = {broadcast(-limit), broadcast(limit)};
+  exponentials_of_twice<2, T>(ends, static_cast<T>(denominator_unit));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < 2; ++v) {
+      const Vec<T> at = load(activations[r] + v * lanes<T>);
+      const Vec<T> sum = query_sum[r][v];
+      const auto cut = ((at <= ends[0]) | (at >= ends[1])) & (sum == sum);
+      query_sum[r][v] = cut ? Vec<T>{} : sum;
+    }
   }
 }
 
@@ -1016,7 +1197,7 @@ void sweep_panel(
   for (int64_t b = 0; b < rows; b += attention_block) {
     const int64_t left = rows - b;
     const int64_t count = left < attention_block ? left : attention_block;
-    const bool factored = activate<Counting::alike, T>(
+    const Form form = activate<Counting::alike, T>(
         keys,
         count,
         unit,
@@ -1026,14 +1207,10 @@ void sweep_panel(
         static_cast<T>(denominator_unit),
         space.query[b],
         width);
-    space.factored[b / attention_block] = factored;
-    any_direct |= !factored;
-    for (int64_t r = 0; r < count && factored; r += lanes<T>) {
+    space.form[b / attention_block] = form;
+    any_direct |= form == Form::direct;
+    for (int64_t r = 0; r < count && form != Form::direct; r += lanes<T>) {
       rest_lanes += load_up_to(row_sums + b + r, count - r, T(0));
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      space.query_sum[b + r][0] = Vec<T>{};
-      space.query_sum[b + r][1] = Vec<T>{};
     }
   }
   const Vec<T> rest = broadcast(sum_lanes<T>(rest_lanes));
@@ -1062,7 +1239,7 @@ void sweep_panel(
     }
     for (int64_t b = 0; b < rows; b += attention_block) {
       const int64_t rows_left = rows - b;
-      const bool factored = space.factored[b / attention_block];
+      const bool factored = space.form[b / attention_block] != Form::direct;
       (factored
            ? sweep_block<has_factored_form<T>, T>
            : sweep_block<false, T>)(rows_left < attention_block
@@ -1073,6 +1250,7 @@ void sweep_panel(
                                     factored ? space.exponentials : space.key,
                                     grad_score + b * keys.count + i,
                                     keys.count,
+                                    i == 0,
                                     space.query_sum + b,
                                     space.key_sum,
                                     score);
@@ -1088,29 +1266,19 @@ void sweep_panel(
       }
     }
   }
-  // tanh is 1 for all keys where a query was cut off.
-  const Vec<T> highest = activation<T>(
-      broadcast(keys.factor_limit), static_cast<T>(denominator_unit));
-  const Vec<T> lowest = activation<T>(
-      broadcast(-keys.factor_limit), static_cast<T>(denominator_unit));
-  for (int64_t b = 0; b < rows; ++b) {
-    Vec<T> grad[2];
-    for (int v = 0; v < 2; ++v) {
-      grad[v] = w[v] * (T(4) * space.query_sum[b][v]);
-      const Vec<T> at = load(space.query[b] + v * lanes<T>);
-      // NaN stays, as it would times 0.
-      const auto cut =
-          ((at >= highest) | (at <= lowest)) & (grad[v] == grad[v]);
-      const Vec<T> kept = cut ? Vec<T>{} : grad[v];
-      grad[v] = space.factored[b / attention_block] ? kept : grad[v];
+  for (int64_t b = 0; b < rows; b += attention_block) {
+    const int64_t end = rows - b < attention_block ? rows : b + attention_block;
+    if (space.form[b / attention_block] == Form::cut_off) {
+      drop_cut_off<T>(
+          end - b, keys.factor_limit, space.query + b, space.query_sum + b);
     }
-    T* to = grad_query + b * keys.hidden + unit;
-    if (units >= width) {
-      store(to, grad[0]);
-      store(to + lanes<T>, grad[1]);
-    } else {
+    for (int64_t r = b; r < end; ++r) {
+      T* to = grad_query + r * keys.hidden + unit;
       for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
-        store_up_to(to + v * lanes<T>, units - v * lanes<T>, grad[v]);
+        store_up_to(
+            to + v * lanes<T>,
+            units - v * lanes<T>,
+            w[v] * (T(4) * space.query_sum[r][v]));
       }
     }
   }

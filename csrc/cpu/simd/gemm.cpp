@@ -22,13 +22,16 @@ constexpr int64_t block_depth = 1024 / static_cast<int64_t>(sizeof(T));
 template <typename T>
 constexpr int64_t block_columns = 1536 / static_cast<int64_t>(sizeof(T));
 
-inline int64_t smaller(int64_t a, int64_t b) {
+// Rows of B that are fetched ahead of the one that is being packed.
+constexpr int64_t rows_ahead = 8;
+
+constexpr int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
 template <typename T>
 struct Workspace {
-  alignas(64) T a[block_depth<T> * tile_rows];
+  alignas(64) T a[block_depth<T> * (tile_rows > lanes<T> ? tile_rows : lanes<T>)];
   alignas(64) T b[block_depth<T> * block_columns<T>];
 };
 
@@ -82,8 +85,10 @@ void pack(
     T* target = to + k * width;
     const T factor = factors != nullptr ? factors[k] : 1;
     int64_t p = 0;
-    for (; p_stride == 1 && p + lanes<T> <= count; p += lanes<T>) {
-      store(target + p, factor * load(source + p));
+    for (; p_stride == 1 && p < width; p += lanes<T>) {
+      const Vec<T> values =
+          p < count ? load_up_to(source + p, count - p, T(0)) : Vec<T>{};
+      store_up_to(target + p, width - p, factor * values);
     }
     for (; p < count; ++p) {
       target[p] = factor * source[p * p_stride];
@@ -94,15 +99,31 @@ void pack(
   }
 }
 
+// The first `count` values of a row of C, or all.
+template <typename T>
+inline void
+put(Vec<T> value, int64_t count, T* c, bool accumulate, const T* addend) {
+  if (accumulate) {
+    value = load_up_to(c, count, T(0)) + value;
+  }
+  if (addend != nullptr) {
+    value += load_up_to(addend, count, T(0));
+  }
+  store_up_to(c, count, value);
+}
+
 // One tile of C, of which `rows` x `columns` exist, from a packed panel of B
-// and the tile's rows of A.
-template <int vectors, typename T>
+// and the tile's rows of A. With `packs` the panel is read from B, of rows
+// b_stride apart, and packed on the way.
+template <int vectors, bool packs, typename T>
 void multiply_tile(
     int64_t depth,
     const T* a,
     int64_t a_row,
     int64_t a_col,
     const T* b,
+    int64_t b_stride,
+    T* packed,
     T* c,
     int64_t c_row,
     int64_t rows,
@@ -115,7 +136,15 @@ void multiply_tile(
     Vec<T> b_row[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      b_row[v] = load(b + k * width + v * lanes<T>);
+      T* at = packed + k * width + v * lanes<T>;
+      if constexpr (packs) {
+        const T* from = b + k * b_stride + v * lanes<T>;
+        __builtin_prefetch(from + rows_ahead * b_stride);
+        b_row[v] = load(from);
+        store(at, b_row[v]);
+      } else {
+        b_row[v] = load(at);
+      }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < tile_rows; ++i) {
@@ -126,54 +155,64 @@ void multiply_tile(
       }
     }
   }
-  // A tile that sticks out of C is added up in a copy.
-  T copy[tile_rows * width];
-  const bool sticks_out = rows < tile_rows || columns < width;
-  T* to = sticks_out ? copy : c;
-  const int64_t to_row = sticks_out ? width : c_row;
 #pragma GCC unroll 8
   for (int i = 0; i < tile_rows; ++i) {
+    if (i == rows) {
+      return;
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      Vec<T> value = sum[i][v];
-      if (!sticks_out && accumulate) {
-        value = load(c + i * c_row + v * lanes<T>) + value;
-      }
-      if (!sticks_out && addend != nullptr) {
-        value += load(addend + i * c_row + v * lanes<T>);
-      }
-      store(to + i * to_row + v * lanes<T>, value);
-    }
-  }
-  for (int64_t i = 0; sticks_out && i < rows; ++i) {
-    for (int64_t j = 0; j < columns; j += lanes<T>) {
-      T* target = c + i * c_row + j;
-      Vec<T> value = load(copy + i * width + j);
-      if (accumulate) {
-        value = load_up_to(target, columns - j, T(0)) + value;
-      }
-      if (addend != nullptr) {
-        value += load_up_to(addend + i * c_row + j, columns - j, T(0));
-      }
-      store_up_to(target, columns - j, value);
+      const int64_t at = i * c_row + v * lanes<T>;
+      put<T>(
+          sum[i][v],
+          columns - v * lanes<T>,
+          c + at,
+          accumulate,
+          addend != nullptr ? addend + at : nullptr);
     }
   }
 }
 
-// The columns of C that a tile turned on its side has at most: where the last
-// columns would leave most of a vector empty, the vectors hold rows.
-constexpr int turned_columns = vector_bytes == 64 ? 12 : 4;
-
-// A product of up to turned_columns columns and of rows that fill pairs of
-// vectors, where the columns of A are contiguous.
+// Where the last columns of C would leave most of a vector empty, the vectors
+// hold rows instead, or terms of a sum. These are the columns at most.
+constexpr int64_t most_columns = vector_bytes == 64 ? 12 : 4;
 template <typename T>
+constexpr int64_t side_columns = smaller(most_columns, lanes<T> - 1);
+
+// Sums of fewer vectors cost more to add up in the end than they save.
+constexpr int64_t least_dot_vectors = 4;
+
+// `rows` x `count` of C from vectors of rows.
+template <typename T>
+inline void put_columns(
+    Vec<T> (&columns)[lanes<T>],
+    int64_t rows,
+    int64_t count,
+    T* c,
+    int64_t c_row,
+    bool accumulate,
+    const T* addend) {
+  transpose<lanes<T> / 2, T>(columns);
+  for (int64_t r = 0; r < rows; ++r) {
+    put<T>(
+        columns[r],
+        count,
+        c + r * c_row,
+        accumulate,
+        addend != nullptr ? addend + r * c_row : nullptr);
+  }
+}
+
+// A product of up to `most` columns and of rows that fill pairs of vectors,
+// where the columns of A are contiguous.
+template <int most, typename T>
 void multiply_turned(const Product<T>& of) {
-  constexpr int64_t height = 2 * lanes<T>;
+  constexpr int width = smaller(most, side_columns<T>);
   T* packed = workspace<T>.b;
   for (int64_t k0 = 0; k0 < of.depth; k0 += block_depth<T>) {
     const int64_t depth = smaller(block_depth<T>, of.depth - k0);
-    pack(
-        turned_columns,
+    pack<T>(
+        width,
         of.n,
         depth,
         of.b + k0 * of.b_row,
@@ -183,31 +222,117 @@ void multiply_turned(const Product<T>& of) {
         packed);
     const bool add = of.accumulate || k0 > 0;
     const bool ends = of.addend != nullptr && k0 + depth == of.depth;
-    for (int64_t i = 0; i < of.m; i += height) {
+    for (int64_t i = 0; i < of.m; i += 2 * lanes<T>) {
       const T* a = of.a + k0 * of.a_col + i;
-      Vec<T> sum[turned_columns][2] = {};
+      Vec<T> sum[2][lanes<T>] = {};
       for (int64_t k = 0; k < depth; ++k) {
         const Vec<T> a0 = load(a + k * of.a_col);
         const Vec<T> a1 = load(a + k * of.a_col + lanes<T>);
 #pragma GCC unroll 12
-        for (int j = 0; j < turned_columns; ++j) {
-          const Vec<T> b_value = broadcast(packed[k * turned_columns + j]);
-          sum[j][0] += a0 * b_value;
-          sum[j][1] += a1 * b_value;
+        for (int j = 0; j < width; ++j) {
+          const Vec<T> b_value = broadcast(packed[k * width + j]);
+          sum[0][j] += a0 * b_value;
+          sum[1][j] += a1 * b_value;
         }
       }
-      alignas(64) T turned[turned_columns][height];
-#pragma GCC unroll 12
-      for (int j = 0; j < turned_columns; ++j) {
-        store(turned[j], sum[j][0]);
-        store(turned[j] + lanes<T>, sum[j][1]);
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t at = (i + half * lanes<T>)*of.c_row;
+        put_columns<T>(
+            sum[half],
+            lanes<T>,
+            of.n,
+            of.c + at,
+            of.c_row,
+            add,
+            ends ? of.addend + at : nullptr);
       }
-      for (int64_t r = 0; r < height; ++r) {
-        const int64_t row = (i + r) * of.c_row;
-        for (int64_t j = 0; j < of.n; ++j) {
-          const T value = add ? of.c[row + j] + turned[j][r] : turned[j][r];
-          of.c[row + j] = ends ? value + of.addend[row + j] : value;
+    }
+  }
+}
+
+template <typename T, int... lane>
+inline Vec<T> interleave(
+    Vec<T> even,
+    Vec<T> odd,
+    std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(
+      even, odd, (lane / 2 + lane % 2 * int(lanes<T>))...);
+}
+
+// The first halves of two vectors by turns.
+template <typename T>
+inline Vec<T> interleave(Vec<T> even, Vec<T> odd) {
+  return interleave<T>(
+      even, odd, std::make_integer_sequence<int, int(lanes<T>)>());
+}
+
+// A product of up to side_columns columns, where the rows of A are contiguous.
+template <typename T>
+void multiply_dots(const Product<T>& of) {
+  constexpr int64_t half = lanes<T> / 2;
+  Workspace<T>& packed = workspace<T>;
+  for (int64_t k0 = 0; k0 < of.depth; k0 += block_depth<T>) {
+    const int64_t depth = smaller(block_depth<T>, of.depth - k0);
+    const int64_t padded = (depth + lanes<T> - 1) / lanes<T> * lanes<T>;
+    const T* b = of.b + k0 * of.b_row;
+    // By columns, each filled up with zeros.
+    for (int64_t k = 0; k < depth; k += lanes<T>) {
+      Vec<T> square[lanes<T>] = {};
+      for (int64_t i = 0; i < lanes<T> && k + i < depth; ++i) {
+        square[i] = load_first(b + (k + i) * of.b_row, of.n, T(0));
+        if (of.factors != nullptr) {
+          square[i] *= of.factors[k0 + k + i];
         }
+      }
+      transpose<lanes<T> / 2, T>(square);
+      for (int64_t j = 0; j < of.n; ++j) {
+        store(packed.b + j * padded + k, square[j]);
+      }
+    }
+    const bool add = of.accumulate || k0 > 0;
+    const bool ends = of.addend != nullptr && k0 + depth == of.depth;
+    for (int64_t i = 0; i < of.m; i += half) {
+      const int64_t rows = smaller(half, of.m - i);
+      const T* a = of.a + i * of.a_row + k0;
+      const bool in_place = rows == half && padded == depth;
+      if (!in_place) {
+        for (int64_t r = 0; r < half; ++r) {
+          for (int64_t k = 0; k < padded; ++k) {
+            packed.a[r * padded + k] =
+                r < rows && k < depth ? a[r * of.a_row + k] : 0;
+          }
+        }
+      }
+      const T* from = in_place ? a : packed.a;
+      const int64_t stride = in_place ? of.a_row : padded;
+      // Of two columns each, one after the other.
+      Vec<T> pairs[lanes<T>] = {};
+      for (int64_t j = 0; j < of.n; j += 2) {
+        const T* b0 = packed.b + j * padded;
+        const T* b1 = j + 1 < of.n ? b0 + padded : b0;
+        Vec<T> sum[lanes<T>] = {};
+        for (int64_t k = 0; k < depth; k += lanes<T>) {
+          const Vec<T> b0_values = load(b0 + k);
+          const Vec<T> b1_values = load(b1 + k);
+#pragma GCC unroll 8
+          for (int64_t r = 0; r < half; ++r) {
+            const Vec<T> a_values = load(from + r * stride + k);
+            sum[r] += a_values * b0_values;
+            sum[half + r] += a_values * b1_values;
+          }
+        }
+        sum_rows<half, T>(sum);
+        pairs[j / 2] = sum[0];
+      }
+      transpose<half, T>(pairs);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = (i + r) * of.c_row;
+        put<T>(
+            interleave<T>(pairs[r], pairs[half + r]),
+            of.n,
+            of.c + at,
+            add,
+            ends ? of.addend + at : nullptr);
       }
     }
   }
@@ -233,17 +358,23 @@ void multiply_tiles(const Product<T>& of) {
     const int64_t columns = smaller(block_columns<T>, of.n - j0);
     for (int64_t k0 = 0; k0 < of.depth; k0 += block_depth<T>) {
       const int64_t depth = smaller(block_depth<T>, of.depth - k0);
+      const T* b = of.b + k0 * of.b_row + j0 * of.b_col;
+      const T* factors = of.factors != nullptr ? of.factors + k0 : nullptr;
+      // Panels that are packed by the tiles of the first rows.
+      const int64_t on_the_way = of.b_col == 1 && factors == nullptr
+          ? columns / (tile_vectors * lanes<T>)*(tile_vectors * lanes<T>)
+          : 0;
       // All panels before one are full, so it starts at column * depth.
-      for (int64_t j = 0; j < columns; j += tile_vectors * lanes<T>) {
+      for (int64_t j = on_the_way; j < columns; j += tile_vectors * lanes<T>) {
         const int64_t width = panel_width<T>(columns - j);
         pack(
             width,
             smaller(width, columns - j),
             depth,
-            of.b + k0 * of.b_row + (j0 + j) * of.b_col,
+            b + j * of.b_col,
             of.b_col,
             of.b_row,
-            of.factors != nullptr ? of.factors + k0 : nullptr,
+            factors,
             packed.b + j * depth);
       }
       const bool add = of.accumulate || k0 > 0;
@@ -267,14 +398,18 @@ void multiply_tiles(const Product<T>& of) {
         for (int64_t j = 0; j < columns; j += tile_vectors * lanes<T>) {
           const int64_t width = panel_width<T>(columns - j);
           const int64_t at = i * of.c_row + j0 + j;
-          const auto tile = width == lanes<T> ? multiply_tile<1, T>
-              : width == 2 * lanes<T>         ? multiply_tile<2, T>
-                                              : multiply_tile<tile_vectors, T>;
+          const bool packs = i == 0 && j < on_the_way;
+          const auto tile = packs     ? multiply_tile<tile_vectors, true, T>
+              : width == lanes<T>     ? multiply_tile<1, false, T>
+              : width == 2 * lanes<T> ? multiply_tile<2, false, T>
+                                      : multiply_tile<tile_vectors, false, T>;
           tile(
               depth,
               in_place ? from : packed.a,
               in_place ? of.a_row : 1,
               in_place ? of.a_col : tile_rows,
+              b + j,
+              of.b_row,
               packed.b + j * depth,
               of.c + at,
               of.c_row,
@@ -291,17 +426,27 @@ void multiply_tiles(const Product<T>& of) {
 template <typename T>
 void multiply(const Product<T>& product) {
   const int64_t last = product.n % lanes<T>;
-  const int64_t turned = product.m / (2 * lanes<T>)*(2 * lanes<T>);
+  const bool narrow = 0 < last && last <= side_columns<T>;
   Product<T> rest = product;
-  if (product.a_row == 1 && 0 < last && last <= turned_columns && turned > 0 &&
+  if (narrow && product.a_row == 1 && product.m >= 2 * lanes<T> &&
       product.depth > 0) {
     rest.n -= last;
     Product<T> side = product.columns_from(rest.n);
-    if (turned < product.m) {
-      multiply_tiles(side.rows_from(turned));
+    side.m = product.m / (2 * lanes<T>)*(2 * lanes<T>);
+    // 10: the classes that most sets of small images have.
+    const auto turned = last <= 4 ? multiply_turned<4, T>
+        : last <= 8               ? multiply_turned<8, T>
+        : last <= 10              ? multiply_turned<10, T>
+                                  : multiply_turned<most_columns, T>;
+    turned(side);
+    if (side.m < product.m) {
+      multiply_tiles(product.columns_from(rest.n).rows_from(side.m));
     }
-    side.m = turned;
-    multiply_turned(side);
+  } else if (
+      narrow && product.a_col == 1 && product.b_col == 1 &&
+      product.depth >= least_dot_vectors * lanes<T>) {
+    rest.n -= last;
+    multiply_dots(product.columns_from(rest.n));
   }
   if (rest.n > 0) {
     multiply_tiles(rest);
