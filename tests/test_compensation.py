@@ -260,6 +260,15 @@ def test_ends_of_the_kernels_blocks(sizes):
     assert_compensate_is_right(make_attention(*sizes))
 
 
+@pytest.mark.parametrize("classes", [1, 3, 4, 5, 8, 9, 11, 12, 13, 17, 28, 49])
+@pytest.mark.parametrize("hidden", [72, 300])
+def test_columns_that_fill_no_vector(classes, hidden):
+    """The products' last columns, which are summed along rows or by dot products: of one depth
+    that ends within a vector and of one that takes several blocks.
+    """
+    assert_compensate_is_right(make_attention(37, classes, 70, hidden))
+
+
 @pytest.mark.parametrize("factor", [0.0, 1e-6, 1e-30])
 def test_unequal_scores(factor):
     """Units whose w_score vanishes beside another's, which the kernel divides by."""

@@ -28,10 +28,7 @@ inline ScalarType accumulate_type(ScalarType input) {
 /// An uninitialised contiguous CPU tensor of sizes[dim]. The C function behind
 /// it takes a third of the time of a call through the dispatcher, which small
 /// problems feel.
-inline Tensor empty_cpu(
-    const int64_t* sizes,
-    int64_t dim,
-    ScalarType dtype) {
+inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   int64_t strides[4];
   int64_t stride = 1;
   STD_TORCH_CHECK(dim <= 4, "empty_cpu: more than 4 dimensions");
@@ -49,21 +46,14 @@ inline Tensor empty_cpu(
       "empty_cpu: unexpected type");
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim,
-      sizes,
-      strides,
-      code,
-      aoti_torch_device_type_cpu(),
-      0,
-      &handle));
+      dim, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
 inline Tensor empty_cpu(
     std::initializer_list<int64_t> sizes,
     ScalarType dtype) {
-  return empty_cpu(
-      sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
+  return empty_cpu(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
 inline Tensor empty_cpu_like(const Tensor& tensor) {

@@ -8,6 +8,7 @@
 #include "../common/stable.h"
 #include "arena.h"
 #include "compensation.h"
+#include "simd/divergence.h"
 
 namespace kdci {
 namespace {
@@ -55,7 +56,7 @@ void compute_loss(
     steps.compensate(first, rows, buffers.weights, compensated);
     for (int64_t b = first; b < first + rows; b += attention_block) {
       buffers.block_losses[b / attention_block] =
-          attention_kernels<T>().divergence(
+          divergence_kernels<T>().divergence(
               std::min(attention_block, first + rows - b),
               d,
               compensated + b * d,

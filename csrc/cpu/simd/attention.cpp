@@ -4,286 +4,14 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
-#include <utility>
 
+#include "elementary.h"
+#include "lane_sums.h"
 #include "transpose.h"
 #include "vec.h"
 
 namespace kdci::KDCI_SIMD {
 namespace {
-
-// -- Vectors ------------------------------------------------------------------
-
-template <typename T>
-struct Bits;
-template <>
-struct Bits<float> {
-  using type = uint32_t;
-};
-template <>
-struct Bits<double> {
-  using type = uint64_t;
-};
-template <typename T>
-using BitsVec = Vec<typename Bits<T>::type>;
-
-template <typename T>
-inline Vec<T> absolute(Vec<T> x) {
-  using Word = typename Bits<T>::type;
-  return (Vec<T>)((BitsVec<T>)x & (~Word(0) >> 1));
-}
-
-// The larger of two magnitudes. As whole numbers they have the same order, in
-// which NaN comes last, and comparing these is a single fast instruction.
-template <typename T>
-inline Vec<T> larger_size(Vec<T> x, Vec<T> y) {
-  const auto a = (BitsVec<T>)x;
-  const auto b = (BitsVec<T>)y;
-  return (Vec<T>)(a > b ? a : b);
-}
-
-// Takes x and y as consecutive segments of `size` values, and adds the
-// second half of each segment to the first.
-template <int size, typename T, int... lane>
-inline Vec<T> add_halves(
-    Vec<T> x,
-    Vec<T> y,
-    std::integer_sequence<int, lane...>) {
-  constexpr int half = size / 2;
-  return __builtin_shufflevector(x, y, (lane / half * size + lane % half)...) +
-      __builtin_shufflevector(
-             x, y, (lane / half * size + lane % half + half)...);
-}
-
-template <int size, typename T>
-inline Vec<T> add_halves(Vec<T> x, Vec<T> y) {
-  return add_halves<size, T>(
-      x, y, std::make_integer_sequence<int, int(lanes<T>)>());
-}
-
-// The sums of segments of `size` lanes, in the first lanes.
-template <int size, typename T>
-inline Vec<T> sum_segments(Vec<T> values) {
-  if constexpr (size == 1) {
-    return values;
-  } else {
-    return sum_segments<size / 2, T>(add_halves<size, T>(values, values));
-  }
-}
-
-template <typename T>
-inline T sum_lanes(Vec<T> values) {
-  return sum_segments<int(lanes<T>), T>(values)[0];
-}
-
-// The sums of four vectors.
-template <typename T>
-inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
-  constexpr int size = lanes<T>;
-  const Vec<T> low = add_halves<size, T>(values[0], values[1]);
-  const Vec<T> high = add_halves<size, T>(values[2], values[3]);
-  if constexpr (size == 2) {
-    store(sums, low);
-    store(sums + 2, high);
-  } else {
-    const Vec<T> all =
-        sum_segments<size / 4, T>(add_halves<size / 2, T>(low, high));
-    for (int k = 0; k < 4; ++k) {
-      sums[k] = all[k];
-    }
-  }
-}
-
-// The sums of `count` vectors, which are overwritten.
-template <int count, typename T>
-inline void sum_lanes_of(Vec<T> (&values)[count], T* sums) {
-  if constexpr (count == lanes<T>) {
-    sum_rows<count / 2, T>(values);
-    store(sums, values[0]);
-  } else {
-    for (int k = 0; k < count; k += 4) {
-      sum_lanes_of_four<T>(values + k, sums + k);
-    }
-  }
-}
-
-// numerator / x; unless `divide` by an estimate of 14 bits and one Newton step,
-// which is as exact.
-template <bool divide, typename T>
-inline Vec<T> quotient(Vec<T> numerator, Vec<T> x) {
-#if defined(__AVX512F__)
-  if constexpr (!divide && sizeof(T) == 4) {
-    const Vec<T> guess = _mm512_maskz_rcp14_ps(0xffff, x);
-    return numerator * (guess + guess * (T(1) - x * guess));
-  }
-#endif
-  return numerator / x;
-}
-
-// -- exp and tanh -------------------------------------------------------------
-
-template <typename T>
-struct ExpConstants;
-template <>
-struct ExpConstants<float> {
-  static constexpr int mantissa_bits = 23;
-  static constexpr int exponent_bias = 127;
-  static constexpr float round = 0x1.8p23f; // x + round - round is an integer
-  static constexpr float log2_e = 0x1.715476p0f;
-  static constexpr float ln2_high = 0x1.62e4p-1f; // n * ln2_high is exact
-  static constexpr float ln2_low = 0x1.7f7d1cp-20f;
-  // (e^r - 1 - r) / r^2 by powers of r for |r| <= log(2) / 2, of least largest
-  // error relative to e^r: 4e-9.
-  static constexpr float tail[] = {
-      0x1.fffffcp-2f,
-      0x1.555492p-3f,
-      0x1.5558f2p-5f,
-      0x1.123a2p-7f,
-      0x1.6a23dp-10f};
-  // Where exp would be subnormal it is taken for 0; tanh is 1 to the last bit
-  // from tanh_limit on.
-  static constexpr float lowest = -87.0f;
-  static constexpr float highest = 88.0f;
-  static constexpr float tanh_limit = 10;
-};
-template <>
-struct ExpConstants<double> {
-  static constexpr int mantissa_bits = 52;
-  static constexpr int exponent_bias = 1023;
-  static constexpr double round = 0x1.8p52;
-  static constexpr double log2_e = 0x1.71547652b82fep0;
-  static constexpr double ln2_high = 0x1.62e42feep-1;
-  static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr double tail[] = {
-      // Taylor's
-      1.0 / 2,
-      1.0 / 6,
-      1.0 / 24,
-      1.0 / 120,
-      1.0 / 720,
-      1.0 / 5040,
-      1.0 / 40320,
-      1.0 / 362880,
-      1.0 / 3628800,
-      1.0 / 39916800,
-      1.0 / 479001600,
-      1.0 / 6227020800};
-  static constexpr double lowest = -708;
-  static constexpr double highest = 709;
-  static constexpr double tanh_limit = 20;
-};
-
-// e^x = power (1 + r + r^2 tail), power = 2^n, for lowest <= x <= highest; NaN
-// stays in r. Of several vectors step by step, since one alone is a chain of
-// operations each of which waits for the one before.
-template <int count, typename T>
-struct ExpParts {
-  Vec<T> power[count];
-  Vec<T> r[count];
-  Vec<T> tail[count];
-};
-
-template <int count, typename T>
-KDCI_INLINE ExpParts<count, T> split_exp(const Vec<T> (&x)[count]) {
-  using C = ExpConstants<T>;
-  ExpParts<count, T> parts;
-  Vec<T> shifted[count];
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    shifted[i] = x[i] * C::log2_e + C::round;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    const Vec<T> n = shifted[i] - C::round;
-    parts.r[i] = (x[i] - n * C::ln2_high) - n * C::ln2_low;
-    // The low bits of `shifted` hold n.
-    const BitsVec<T> exponent = (BitsVec<T>)shifted[i] + C::exponent_bias;
-    parts.power[i] = (Vec<T>)(exponent << C::mantissa_bits);
-  }
-  constexpr int degree = sizeof(C::tail) / sizeof(T) - 1;
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    parts.tail[i] = broadcast(C::tail[degree]);
-  }
-#pragma GCC unroll 16
-  for (int k = degree - 1; k >= 0; --k) {
-#pragma GCC unroll 4
-    for (int i = 0; i < count; ++i) {
-      parts.tail[i] = parts.tail[i] * parts.r[i] + C::tail[k];
-    }
-  }
-  return parts;
-}
-
-// x = e^x
-template <int count, typename T>
-KDCI_INLINE void exponentials(Vec<T> (&x)[count]) {
-  const ExpParts<count, T> parts = split_exp<count, T>(x);
-  Vec<T> mantissa[count];
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    mantissa[i] = parts.tail[i] * parts.r[i] + T(1);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    mantissa[i] = mantissa[i] * parts.r[i] + T(1);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    x[i] = parts.power[i] * mantissa[i];
-  }
-}
-
-template <typename T>
-inline Vec<T> exponential(Vec<T> x) {
-  Vec<T> values[1] = {x};
-  exponentials<1, T>(values);
-  return values[0];
-}
-
-// For softmax: any x <= 0.
-template <typename T>
-inline Vec<T> exponential_or_zero(Vec<T> x) {
-  const Vec<T> lowest = broadcast(ExpConstants<T>::lowest);
-  return x < lowest ? Vec<T>{} : exponential<T>(x);
-}
-
-template <typename T>
-inline Vec<T> hyperbolic_tangent(Vec<T> x) {
-  using C = ExpConstants<T>;
-  const Vec<T> limit = broadcast(C::tanh_limit);
-  const Vec<T> size = absolute<T>(x);
-  const Vec<T> clamped = size > limit ? limit : size;
-  const Vec<T> twice[1] = {clamped + clamped};
-  const ExpParts<1, T> parts = split_exp<1, T>(twice);
-  const Vec<T> r = parts.r[0];
-  const Vec<T> power = parts.power[0];
-  const Vec<T> rest = r * r * parts.tail[0] + r;
-  const Vec<T> minus_one = power * rest + (power - T(1));
-  const Vec<T> tangent = minus_one / (minus_one + T(2));
-  return x < Vec<T>{} ? -tangent : tangent;
-}
-
-// A sum of so many vectors that adding one to the next would round too often.
-template <typename T>
-struct LongSum {
-  Vec<T> total = {};
-  Vec<T> part = {};
-  int count = 0;
-
-  void add(Vec<T> value) {
-    part += value;
-    if (++count == 16) {
-      total += part;
-      part = Vec<T>{};
-      count = 0;
-    }
-  }
-
-  T sum() const {
-    return sum_lanes<T>(total + part);
-  }
-};
 
 // -- Queries and keys ---------------------------------------------------------
 
@@ -557,9 +285,9 @@ void copy_units(
   }
 }
 
-// activations = unit * e^2units, of units that are cut off at +-limit, or, without
-// `cut`, expected to lie within. Returns the largest magnitude of a unit; NaN
-// may be passed over.
+// activations = unit * e^2units, of units that are cut off at +-limit, or,
+// without `cut`, expected to lie within. Returns the largest magnitude of a
+// unit; NaN may be passed over.
 template <bool cut, typename T>
 T exponentiate(
     int64_t rows,
@@ -577,8 +305,8 @@ T exponentiate(
       Vec<T> values[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Vec<T> value = load(
-            units + row[i / 2] * units_stride + h + i % 2 * lanes<T>);
+        const Vec<T> value =
+            load(units + row[i / 2] * units_stride + h + i % 2 * lanes<T>);
         largest = larger_size<T>(absolute<T>(value), largest);
         values[i] = cut ? clamp<T>(value, limit) : value;
       }
@@ -641,6 +369,19 @@ Form activate(
 }
 
 // -- Scores and their softmax -------------------------------------------------
+
+// numerator / x; unless `divide` by an estimate of 14 bits and one Newton step,
+// which is as exact.
+template <bool divide, typename T>
+inline Vec<T> quotient(Vec<T> numerator, Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (!divide && sizeof(T) == 4) {
+    const Vec<T> guess = _mm512_maskz_rcp14_ps(0xffff, x);
+    return numerator * (guess + guess * (T(1) - x * guess));
+  }
+#endif
+  return numerator / x;
+}
 
 // Queries and keys whose scores are summed at a time.
 constexpr int query_tile = 4;
@@ -901,8 +642,9 @@ void attend(
 
 // -- Backward -----------------------------------------------------------------
 
-// grad_scores of up to lanes<T> rows that fill no vector each. All rows are read
-// before one is written: a masked store holds up a read of what comes after it.
+// grad_scores of up to lanes<T> rows that fill no vector each. All rows are
+// read before one is written: a masked store holds up a read of what comes
+// after it.
 template <typename T>
 void grad_scores_of_narrow(
     int64_t rows,
@@ -1039,8 +781,8 @@ struct Terms {
 
 // Sums over `rows` queries and `count` keys, for the units of one panel: of
 // grad_score * (1 - tanh^2) / 4 by query and by key, and of grad_score * (1 -
-// tanh) / 2, or, if not `factored`, of -grad_score * tanh / 2. They are added to
-// what is there, but for those by query of the `first` keys.
+// tanh) / 2, or, if not `factored`, of -grad_score * tanh / 2. They are added
+// to what is there, but for those by query of the `first` keys.
 template <int rows, bool factored, typename T>
 inline void sweep_rows_of(
     int64_t count,
@@ -1321,83 +1063,6 @@ void sweep(
   }
 }
 
-// -- Distillation loss --------------------------------------------------------
-
-template <typename T>
-inline T scaled_maximum(int64_t count, const T* values, T factor) {
-  const T infinity = __builtin_inff();
-  Vec<T> largest = broadcast(-infinity);
-  for (int64_t c = 0; c < count; c += lanes<T>) {
-    largest = maximum<T>(
-        load_up_to(values + c, count - c, -infinity) * factor, largest);
-  }
-  return largest_lane<T>(largest);
-}
-
-template <typename T>
-double divergence(
-    int64_t rows,
-    int64_t classes,
-    T* student,
-    const T* teacher,
-    T inverse_temperature,
-    T grad_factor) {
-  const T infinity = __builtin_inff();
-  // The teacher's exponentials are kept of the first classes, and made again of
-  // the others.
-  constexpr int64_t most_kept = 1024;
-  alignas(64) T kept[most_kept];
-  double total = 0;
-  for (int64_t b = 0; b < rows; ++b) {
-    T* s = student + b * classes;
-    const T* t = teacher + b * classes;
-    const T s_max = scaled_maximum(classes, s, inverse_temperature);
-    const T t_max = scaled_maximum(classes, t, inverse_temperature);
-    const auto teacher_at = [&](int64_t c) {
-      return load_up_to(t + c, classes - c, -infinity) * inverse_temperature -
-          t_max;
-    };
-    LongSum<T> s_sum;
-    LongSum<T> t_sum;
-    LongSum<T> cross;
-    for (int64_t c = 0; c < classes; c += lanes<T>) {
-      const int64_t left = classes - c;
-      const Vec<T> s_shifted =
-          load_up_to(s + c, left, -infinity) * inverse_temperature - s_max;
-      const Vec<T> t_shifted = teacher_at(c);
-      const Vec<T> s_exp = exponential_or_zero<T>(s_shifted);
-      const Vec<T> t_exp = exponential_or_zero<T>(t_shifted);
-      s_sum.add(s_exp);
-      t_sum.add(t_exp);
-      cross.add(t_exp == Vec<T>{} ? t_exp : t_exp * (t_shifted - s_shifted));
-      if (grad_factor != 0) {
-        store_up_to(s + c, left, s_exp);
-        if (c + lanes<T> <= most_kept) {
-          store(kept + c, t_exp);
-        }
-      }
-    }
-    const T s_total = s_sum.sum();
-    const T t_total = t_sum.sum();
-    total += static_cast<double>(cross.sum()) / t_total +
-        __builtin_log(static_cast<double>(s_total) / t_total);
-    if (grad_factor == 0) {
-      continue;
-    }
-    const T s_factor = grad_factor / s_total;
-    const T t_factor = grad_factor / t_total;
-    for (int64_t c = 0; c < classes; c += lanes<T>) {
-      const int64_t left = classes - c;
-      const Vec<T> s_exp = load_up_to(s + c, left, T(0));
-      const Vec<T> t_exp = c + lanes<T> <= most_kept
-          ? load(kept + c)
-          : exponential_or_zero<T>(teacher_at(c));
-      store_up_to(s + c, left, s_factor * s_exp - t_factor * t_exp);
-    }
-  }
-  return total;
-}
-
 template <typename T>
 constexpr AttentionKernels<T> kernels_of = {
     panel_width<T>,
@@ -1406,8 +1071,7 @@ constexpr AttentionKernels<T> kernels_of = {
     finish_keys<T>,
     attend<T>,
     grad_scores<T>,
-    sweep<T>,
-    divergence<T>};
+    sweep<T>};
 
 } // namespace
 

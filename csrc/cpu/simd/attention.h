@@ -96,17 +96,6 @@ struct AttentionKernels {
       T* grad_query,    // [rows, H], may be query
       T* grad_key,      // [K, H]
       T* grad_w_score); // [H]
-
-  /// sum over rows of KL(softmax(teacher * f) || softmax(student * f)), with f
-  /// = inverse_temperature; with grad_factor != 0 the student is replaced by
-  /// grad_factor * (softmax(student * f) - softmax(teacher * f)).
-  double (*divergence)(
-      int64_t rows,
-      int64_t classes,
-      T* student,       // [rows, classes]
-      const T* teacher, // [rows, classes]
-      T inverse_temperature,
-      T grad_factor);
 };
 
 KDCI_DECLARE_PER_LEVEL(AttentionKernels<float>, attention_kernels_float)

@@ -3,6 +3,8 @@
 // A register-tiled product of packed panels (Goto & van de Geijn, ACM TOMS
 // 2008). A block of B is packed into panels that stay in the second-level
 // cache; a panel of A, packed just before its use, in the first-level one.
+// Where either is contiguous along the right way, A is read where it lies, and
+// B is packed by the first tiles that need it.
 #include "gemm.h"
 
 #include "transpose.h"
@@ -31,7 +33,7 @@ constexpr int64_t smaller(int64_t a, int64_t b) {
 
 template <typename T>
 struct Workspace {
-  alignas(64) T a[block_depth<T> * (tile_rows > lanes<T> ? tile_rows : lanes<T>)];
+  alignas(64) T a[block_depth<T> * tile_rows];
   alignas(64) T b[block_depth<T> * block_columns<T>];
 };
 
@@ -101,8 +103,12 @@ void pack(
 
 // The first `count` values of a row of C, or all.
 template <typename T>
-inline void
-put(Vec<T> value, int64_t count, T* c, bool accumulate, const T* addend) {
+inline void put(
+    Vec<T> value,
+    int64_t count,
+    T* c,
+    bool accumulate,
+    const T* addend) {
   if (accumulate) {
     value = load_up_to(c, count, T(0)) + value;
   }
@@ -182,27 +188,6 @@ constexpr int64_t side_columns = smaller(most_columns, lanes<T> - 1);
 // Sums of fewer vectors cost more to add up in the end than they save.
 constexpr int64_t least_dot_vectors = 4;
 
-// `rows` x `count` of C from vectors of rows.
-template <typename T>
-inline void put_columns(
-    Vec<T> (&columns)[lanes<T>],
-    int64_t rows,
-    int64_t count,
-    T* c,
-    int64_t c_row,
-    bool accumulate,
-    const T* addend) {
-  transpose<lanes<T> / 2, T>(columns);
-  for (int64_t r = 0; r < rows; ++r) {
-    put<T>(
-        columns[r],
-        count,
-        c + r * c_row,
-        accumulate,
-        addend != nullptr ? addend + r * c_row : nullptr);
-  }
-}
-
 // A product of up to `most` columns and of rows that fill pairs of vectors,
 // where the columns of A are contiguous.
 template <int most, typename T>
@@ -236,15 +221,16 @@ void multiply_turned(const Product<T>& of) {
         }
       }
       for (int64_t half = 0; half < 2; ++half) {
-        const int64_t at = (i + half * lanes<T>)*of.c_row;
-        put_columns<T>(
-            sum[half],
-            lanes<T>,
-            of.n,
-            of.c + at,
-            of.c_row,
-            add,
-            ends ? of.addend + at : nullptr);
+        transpose<lanes<T> / 2, T>(sum[half]);
+        for (int64_t r = 0; r < lanes<T>; ++r) {
+          const int64_t at = (i + half * lanes<T> + r) * of.c_row;
+          put<T>(
+              sum[half][r],
+              of.n,
+              of.c + at,
+              add,
+              ends ? of.addend + at : nullptr);
+        }
       }
     }
   }

@@ -56,8 +56,11 @@ struct GemmKernels {
 
 KDCI_DECLARE_PER_TYPE(GemmKernels, gemm_kernels)
 
-/// An element's value depends on neither m, n nor its position, so products
-/// computed in pieces are bitwise those computed whole.
+/// An element's value depends on neither m nor its position, so products
+/// computed in pieces of rows are bitwise those computed whole. So are pieces
+/// of columns, unless the rows of A and of B are contiguous: then the last
+/// columns are summed in another order where they would leave most of a vector
+/// empty.
 template <typename T>
 static inline void gemm(const Product<T>& product) {
   gemm_kernels<T>().multiply(product);
