@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "bool posterior, float scale) -> ("
       "Tensor compensated, " // [B, d]
       "Tensor weights, "     // [B, K]
-      "Tensor query, "       // [B, H]
+      "Tensor query, "       // [B, H], or e^2query
       "Tensor key)");        // [K, H]
   m.def(
       "compensate_backward("

@@ -199,7 +199,7 @@ template <typename T>
 void Compensation<T>::attend(
     int64_t first,
     int64_t rows,
-    const T* query,
+    T* query,
     T* weights) {
   for (int64_t b = first; b < first + rows; b += attention_block) {
     kernels_.attend(

@@ -99,7 +99,7 @@ class Compensation {
   void project_queries(int64_t first, int64_t rows, T* query);
 
   /// weights [B, K]
-  void attend(int64_t first, int64_t rows, const T* query, T* weights);
+  void attend(int64_t first, int64_t rows, T* query, T* weights);
 
   /// compensated [B, d] = logits + F.
   void compensate(

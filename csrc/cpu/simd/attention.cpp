@@ -18,6 +18,11 @@ namespace {
 template <typename T>
 constexpr int64_t panel_width = 2 * lanes<T>;
 
+// Units that attend() takes at a time, so that those of a block of queries stay
+// in the first-level cache.
+template <typename T>
+constexpr int64_t span = 1024 / static_cast<int64_t>(sizeof(T));
+
 // 1 - 2 / (1 + e^2a e^2b) errs by some roundings of 1, whatever tanh is, which
 // show where tanh is small, and in the softmax where w_score is large. tanh is
 // computed directly where, for any query of a block, the mean of |query| and
@@ -172,21 +177,6 @@ T query_limit(T range, T largest_key) {
   return limit >= largest_key + ExpConstants<T>::tanh_limit ? limit : 0;
 }
 
-template <typename T>
-void finish_keys(AttentionKeys<T>& keys) {
-  T largest = 0;
-  for (int64_t panel = 0; panel < keys.panels; ++panel) {
-    const T here = keys.panel_largest[panel];
-    largest = here > largest ? here : largest;
-  }
-  keys.fold_limit = 0;
-  keys.factor_limit = 0;
-  if (has_factored_form<T> && keys.fold_range > 0) {
-    keys.fold_limit = query_limit<T>(keys.fold_range, largest);
-    keys.factor_limit = query_limit<T>(largest_sum, largest);
-  }
-}
-
 // Values beyond +-limit become that; NaN stays.
 template <typename T>
 inline Vec<T> clamp(Vec<T> value, T limit) {
@@ -250,18 +240,49 @@ T least_query_sum(
   return least;
 }
 
-// query = unit * e^2query
+// Whether all keys are so large that tanh need not be computed directly for any
+// query.
+template <typename T>
+bool keys_suffice(const AttentionKeys<T>& keys) {
+  bool suffice = true;
+  for (int64_t first = 0; first < keys.hidden; first += panel_width<T>) {
+    suffice &=
+        query_sum_needed<Counting::alike>(keys, first, panel_width<T>) <= 0;
+  }
+  for (int64_t first = 0; first < keys.hidden; first += span<T>) {
+    suffice &= query_sum_needed<Counting::by_score>(keys, first, span<T>) <= 0;
+  }
+  return suffice;
+}
+
+template <typename T>
+void finish_keys(AttentionKeys<T>& keys) {
+  T largest = 0;
+  for (int64_t panel = 0; panel < keys.panels; ++panel) {
+    const T here = keys.panel_largest[panel];
+    largest = here > largest ? here : largest;
+  }
+  keys.fold_limit = 0;
+  keys.factor_limit = 0;
+  keys.kept_limit = 0;
+  if (has_factored_form<T> && keys.fold_range > 0) {
+    keys.fold_limit = query_limit<T>(keys.fold_range, largest);
+    keys.factor_limit = query_limit<T>(largest_sum, largest);
+    if (keys.hidden % panel_width<T> == 0 && keys_suffice(keys)) {
+      keys.kept_limit = keys.fold_limit < keys.factor_limit ? keys.fold_limit
+                                                            : keys.factor_limit;
+    }
+  }
+}
+
+// x = e^2x
 template <int count, typename T>
-KDCI_INLINE void exponentials_of_twice(Vec<T> (&query)[count], T unit) {
+KDCI_INLINE void exponentials_of_twice(Vec<T> (&x)[count]) {
 #pragma GCC unroll 4
   for (int i = 0; i < count; ++i) {
-    query[i] += query[i];
+    x[i] += x[i];
   }
-  exponentials<count, T>(query);
-#pragma GCC unroll 4
-  for (int i = 0; i < count && unit != 1; ++i) {
-    query[i] *= unit;
-  }
+  exponentials<count, T>(x);
 }
 
 // Units [first, first + width) of a block of queries, filled up with zeros.
@@ -272,22 +293,21 @@ void copy_units(
     int64_t first,
     int64_t width,
     const T* query, // [rows, hidden]
-    T* units,       // [rows, stride]
-    int64_t stride) {
+    T* units) {     // [rows, width]
   for (int64_t b = 0; b < rows; ++b) {
     for (int64_t h = 0; h < width; h += lanes<T>) {
       const int64_t left = hidden - (first + h);
       const Vec<T> value = left > 0
           ? load_up_to(query + b * hidden + first + h, left, T(0))
           : Vec<T>{};
-      store(units + b * stride + h, value);
+      store(units + b * width + h, value);
     }
   }
 }
 
-// activations = unit * e^2units, of units that are cut off at +-limit, or,
-// without `cut`, expected to lie within. Returns the largest magnitude of a
-// unit; NaN may be passed over.
+// activations = e^2units, of units that are cut off at +-limit, or, without
+// `cut`, expected to lie within: then returns their largest magnitude, for
+// which NaN may be passed over.
 template <bool cut, typename T>
 T exponentiate(
     int64_t rows,
@@ -295,7 +315,6 @@ T exponentiate(
     const T* units,
     int64_t units_stride,
     T limit,
-    T unit,
     T* activations, // may be units
     int64_t stride) {
   Vec<T> largest = {};
@@ -307,10 +326,14 @@ T exponentiate(
       for (int i = 0; i < 4; ++i) {
         const Vec<T> value =
             load(units + row[i / 2] * units_stride + h + i % 2 * lanes<T>);
-        largest = larger_size<T>(absolute<T>(value), largest);
-        values[i] = cut ? clamp<T>(value, limit) : value;
+        if constexpr (cut) {
+          values[i] = clamp<T>(value, limit);
+        } else {
+          values[i] = value;
+          largest = larger_size<T>(absolute<T>(value), largest);
+        }
       }
-      exponentials_of_twice<4, T>(values, unit);
+      exponentials_of_twice<4, T>(values);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         store(
@@ -322,50 +345,50 @@ T exponentiate(
   return largest_lane<T>(largest);
 }
 
-// What activate() makes of a block of queries: themselves, or factors of e^2a
-// e^2b, of queries that may have been cut off.
+// What a block of queries is taken for: themselves, or e^2query, of queries
+// that may have been cut off.
 enum class Form { direct, factored, cut_off };
 
-// Units [first, first + width) of a block of queries: themselves, or, where
-// limit > 0 and none is small, e^2query times `unit`.
+template <typename T>
+struct Activations {
+  Form form;
+  const T* data;
+  int64_t stride;
+};
+
+// Units [first, first + width) of a block of queries, in `buffer` of rows of
+// `width` unless attend() has left their exponentials in their place: where
+// limit > 0 and none is small, e^2query.
 template <Counting counting, typename T>
-Form activate(
+Activations<T> activate(
     const AttentionKeys<T>& keys,
     int64_t rows,
     int64_t first,
     int64_t width,
     const T* query, // [rows, H]
     T limit,
-    T unit,
-    T* activations, // [rows, stride]
-    int64_t stride) {
+    T* buffer) {
+  const T* units = query + first;
   if constexpr (has_factored_form<T>) {
+    if (keys.kept_limit > 0) {
+      return {Form::cut_off, units, keys.hidden};
+    }
     const T needed = query_sum_needed<counting>(keys, first, width);
     const bool small = needed > 0 &&
         least_query_sum<counting>(keys, rows, first, width, query) < needed;
     if (limit > 0 && !small) {
-      const T* units = query + first;
       if (first + width <= keys.hidden &&
           exponentiate<false>(
-              rows,
-              width,
-              units,
-              keys.hidden,
-              limit,
-              unit,
-              activations,
-              stride) < limit) {
-        return Form::factored;
+              rows, width, units, keys.hidden, limit, buffer, width) < limit) {
+        return {Form::factored, buffer, width};
       }
-      copy_units<T>(
-          keys.hidden, rows, first, width, query, activations, stride);
-      exponentiate<true>(
-          rows, width, activations, stride, limit, unit, activations, stride);
-      return Form::cut_off;
+      copy_units<T>(keys.hidden, rows, first, width, query, buffer);
+      exponentiate<true>(rows, width, buffer, width, limit, buffer, width);
+      return {Form::cut_off, buffer, width};
     }
   }
-  copy_units<T>(keys.hidden, rows, first, width, query, activations, stride);
-  return Form::direct;
+  copy_units<T>(keys.hidden, rows, first, width, query, buffer);
+  return {Form::direct, buffer, width};
 }
 
 // -- Scores and their softmax -------------------------------------------------
@@ -592,15 +615,9 @@ void softmax_columns(
 }
 
 template <typename T>
-void attend(
-    const AttentionKeys<T>& keys,
-    int64_t rows,
-    const T* query,
-    T* weights) {
-  // Activations stay in the first-level cache.
-  constexpr int64_t span = 1024 / static_cast<int64_t>(sizeof(T));
+void attend(const AttentionKeys<T>& keys, int64_t rows, T* query, T* weights) {
   constexpr int64_t most_columns = 2048 / static_cast<int64_t>(sizeof(T));
-  alignas(64) T activations[attention_block * span];
+  alignas(64) T buffer[attention_block * span<T>];
   alignas(64) T columns[most_columns * attention_block];
   const bool by_columns = keys.count <= most_columns;
   // There are lanes that no query fills.
@@ -609,27 +626,31 @@ void attend(
   for (int64_t i = 0; i < unset; ++i) {
     columns[i] = 0;
   }
+  if constexpr (has_factored_form<T>) {
+    if (keys.kept_limit > 0) {
+      exponentiate<true>(
+          rows,
+          keys.hidden,
+          query,
+          keys.hidden,
+          keys.kept_limit,
+          query,
+          keys.hidden);
+    }
+  }
   const auto add_folded =
       divides_fast() ? add_folded_scores<true, T> : add_folded_scores<false, T>;
   const Scores<T> scores =
       by_columns ? Scores<T>{columns, true} : Scores<T>{weights, false};
   const int64_t padded = keys.panels * panel_width<T>;
-  for (int64_t first = 0; first < padded; first += span) {
+  for (int64_t first = 0; first < padded; first += span<T>) {
     const int64_t left = padded - first;
-    const int64_t width = left < span ? left : span;
-    const Form form = activate<Counting::by_score, T>(
-        keys,
-        rows,
-        first,
-        width,
-        query,
-        keys.fold_limit,
-        T(1),
-        activations,
-        span);
+    const int64_t width = left < span<T> ? left : span<T>;
+    const Activations<T> taken = activate<Counting::by_score, T>(
+        keys, rows, first, width, query, keys.fold_limit, buffer);
     const auto add_scores =
-        form == Form::direct ? add_direct_scores<T> : add_folded;
-    add_scores(keys, rows, first, width, activations, span, scores);
+        taken.form == Form::direct ? add_direct_scores<T> : add_folded;
+    add_scores(keys, rows, first, width, taken.data, taken.stride, scores);
   }
   if (by_columns) {
     softmax_columns(rows, keys.count, keys.log_prior, columns, weights);
@@ -726,12 +747,12 @@ constexpr float denominator_unit = estimates ? 1 : 0x1p-62f;
 // holds panel_width units.
 template <typename T>
 struct PanelSpace {
-  alignas(64) T query[sweep_rows][panel_width<T>]; // activations
+  alignas(64) T query[sweep_rows][panel_width<T>];
+  Activations<T> blocks[sweep_rows / attention_block];
   Vec<T> query_sum[sweep_rows][2];
   Vec<T> key[key_block][2];          // values
-  Vec<T> exponentials[key_block][2]; // e^2key
+  Vec<T> exponentials[key_block][2]; // denominator_unit * e^2key
   Vec<T> key_sum[key_block][2];
-  Form form[sweep_rows / attention_block];
 };
 
 // What becomes r = 1 / (1 + e^2a e^2b), or, if not `factored`, tanh(a + b), for
@@ -786,7 +807,8 @@ struct Terms {
 template <int rows, bool factored, typename T>
 inline void sweep_rows_of(
     int64_t count,
-    const T (*activations)[panel_width<T>],
+    const T* activations,
+    int64_t stride,
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
@@ -803,8 +825,8 @@ inline void sweep_rows_of(
   Vec<T> value_sum[2] = {};
   Terms<factored, T> terms[rows];
   for (int r = 0; r < rows; ++r) {
-    query[r][0] = load(activations[r]);
-    query[r][1] = load(activations[r] + lanes<T>);
+    query[r][0] = load(activations + r * stride);
+    query[r][1] = load(activations + r * stride + lanes<T>);
     if constexpr (ahead) {
       terms[r].start(query[r], keys[0][0], keys[0][1]);
     }
@@ -870,7 +892,8 @@ template <bool factored, typename T>
 void sweep_block(
     int64_t rows,
     int64_t count,
-    const T (*activations)[panel_width<T>],
+    const T* activations,
+    int64_t stride,
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
@@ -881,7 +904,8 @@ void sweep_block(
   for (int64_t b = 0; b < rows; b += 2) {
     (b + 1 < rows ? sweep_rows_of<2, factored, T>
                   : sweep_rows_of<1, factored, T>)(count,
-                                                   activations + b,
+                                                   activations + b * stride,
+                                                   stride,
                                                    keys,
                                                    grad_score + b * grad_stride,
                                                    grad_stride,
@@ -898,13 +922,28 @@ template <typename T>
 void drop_cut_off(
     int64_t rows,
     T limit,
-    const T (*activations)[panel_width<T>],
+    const T* activations,
+    int64_t stride,
     Vec<T> (*query_sum)[2]) {
   Vec<T> ends[2] = {broadcast(-limit), broadcast(limit)};
-  exponentials_of_twice<2, T>(ends, static_cast<T>(denominator_unit));
+  exponentials_of_twice<2, T>(ends);
+  // Few blocks have any, and this takes fewer steps to see.
+  Vec<T> least = ends[1];
+  Vec<T> largest = ends[0];
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < 2; ++v) {
-      const Vec<T> at = load(activations[r] + v * lanes<T>);
+      const Vec<T> at = load(activations + r * stride + v * lanes<T>);
+      least = minimum<T>(at, least);
+      largest = maximum<T>(at, largest);
+    }
+  }
+  if (largest_lane<T>(largest) < ends[1][0] &&
+      -largest_lane<T>(-least) > ends[0][0]) {
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < 2; ++v) {
+      const Vec<T> at = load(activations + r * stride + v * lanes<T>);
       const Vec<T> sum = query_sum[r][v];
       const auto cut = ((at <= ends[0]) | (at >= ends[1])) & (sum == sum);
       query_sum[r][v] = cut ? Vec<T>{} : sum;
@@ -939,19 +978,18 @@ void sweep_panel(
   for (int64_t b = 0; b < rows; b += attention_block) {
     const int64_t left = rows - b;
     const int64_t count = left < attention_block ? left : attention_block;
-    const Form form = activate<Counting::alike, T>(
+    const Activations<T> taken = activate<Counting::alike, T>(
         keys,
         count,
         unit,
         width,
         query + b * keys.hidden,
         keys.factor_limit,
-        static_cast<T>(denominator_unit),
-        space.query[b],
-        width);
-    space.form[b / attention_block] = form;
-    any_direct |= form == Form::direct;
-    for (int64_t r = 0; r < count && form != Form::direct; r += lanes<T>) {
+        space.query[b]);
+    space.blocks[b / attention_block] = taken;
+    const bool direct = taken.form == Form::direct;
+    any_direct |= direct;
+    for (int64_t r = 0; r < count && !direct; r += lanes<T>) {
       rest_lanes += load_up_to(row_sums + b + r, count - r, T(0));
     }
   }
@@ -974,21 +1012,24 @@ void sweep_panel(
         }
         if constexpr (has_factored_form<T>) {
           if (keys.factor_limit > 0) {
-            space.exponentials[k][v] = exponential<T>(value + value);
+            space.exponentials[k][v] = exponential<T>(value + value) *
+                static_cast<T>(denominator_unit);
           }
         }
       }
     }
     for (int64_t b = 0; b < rows; b += attention_block) {
       const int64_t rows_left = rows - b;
-      const bool factored = space.form[b / attention_block] != Form::direct;
+      const Activations<T>& taken = space.blocks[b / attention_block];
+      const bool factored = taken.form != Form::direct;
       (factored
            ? sweep_block<has_factored_form<T>, T>
            : sweep_block<false, T>)(rows_left < attention_block
                                         ? rows_left
                                         : attention_block,
                                     count,
-                                    space.query + b,
+                                    taken.data,
+                                    taken.stride,
                                     factored ? space.exponentials : space.key,
                                     grad_score + b * keys.count + i,
                                     keys.count,
@@ -1010,9 +1051,14 @@ void sweep_panel(
   }
   for (int64_t b = 0; b < rows; b += attention_block) {
     const int64_t end = rows - b < attention_block ? rows : b + attention_block;
-    if (space.form[b / attention_block] == Form::cut_off) {
+    const Activations<T>& taken = space.blocks[b / attention_block];
+    if (taken.form == Form::cut_off) {
       drop_cut_off<T>(
-          end - b, keys.factor_limit, space.query + b, space.query_sum + b);
+          end - b,
+          keys.kept_limit > 0 ? keys.kept_limit : keys.factor_limit,
+          taken.data,
+          taken.stride,
+          space.query_sum + b);
     }
     for (int64_t r = b; r < end; ++r) {
       T* to = grad_query + r * keys.hidden + unit;

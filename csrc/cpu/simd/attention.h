@@ -47,6 +47,7 @@ struct AttentionKeys {
   T fold_range;       // the largest |query| + |key| for `folded`
   T fold_limit;       // likewise |query|; 0 if it cannot be used
   T factor_limit;     // the largest |query| for e^2query in sweep(), or 0
+  T kept_limit; // likewise for both, where none is computed directly; or 0
 };
 
 template <typename T>
@@ -63,11 +64,11 @@ struct AttentionKernels {
   void (*finish_keys)(AttentionKeys<T>& keys);
 
   /// For one block of `rows` queries: weights [rows, K] = softmax_i(score +
-  /// log_prior).
+  /// log_prior). With kept_limit > 0 the queries are replaced by e^2query.
   void (*attend)(
       const AttentionKeys<T>& keys,
       int64_t rows,
-      const T* query, // [rows, H]
+      T* query, // [rows, H]
       T* weights);
 
   /// Replaces the gradients of what the weights multiply, by `factors`, by
@@ -89,7 +90,7 @@ struct AttentionKernels {
       int64_t begin,
       int64_t end,
       int64_t rows,
-      const T* query,      // [rows, H]
+      const T* query,      // [rows, H], as attend() left it
       const T* grad_score, // [rows, K]
       const T* row_sums,   // [rows]
       bool accumulate,
