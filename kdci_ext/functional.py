@@ -370,10 +370,7 @@ def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tenso
 
 
 def _fit_together(*tensors: Tensor) -> bool:
-    """Say whether `_check_attention` has nothing to object to, in a third of its time.
-
-    That is as long as some of the kernels take.
-    """
+    """Say whether `_check_attention` has nothing to object to, without finding words for it."""
     for value in tensors:
         if not isinstance(value, Tensor) or value.dtype not in _checks.FLOATING:
             return False

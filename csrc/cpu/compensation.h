@@ -98,7 +98,8 @@ class Compensation {
   /// query [B, H] = logits w_query^T.
   void project_queries(int64_t first, int64_t rows, T* query);
 
-  /// weights [B, K]
+  /// weights [B, K]. The queries may be replaced by e^2query, which is what
+  /// backward() then expects: that depends on the keys and w_score alone.
   void attend(int64_t first, int64_t rows, T* query, T* weights);
 
   /// compensated [B, d] = logits + F.

@@ -747,12 +747,13 @@ constexpr float denominator_unit = estimates ? 1 : 0x1p-62f;
 // holds panel_width units.
 template <typename T>
 struct PanelSpace {
-  alignas(64) T query[sweep_rows][panel_width<T>];
+  alignas(64) T query[sweep_rows][panel_width<T>]; // what activate() makes
   Activations<T> blocks[sweep_rows / attention_block];
   Vec<T> query_sum[sweep_rows][2];
   Vec<T> key[key_block][2];          // values
   Vec<T> exponentials[key_block][2]; // denominator_unit * e^2key
   Vec<T> key_sum[key_block][2];
+  Vec<T> ends[2]; // e^2query at which queries are cut off
 };
 
 // What becomes r = 1 / (1 + e^2a e^2b), or, if not `factored`, tanh(a + b), for
@@ -921,12 +922,10 @@ void sweep_block(
 template <typename T>
 void drop_cut_off(
     int64_t rows,
-    T limit,
+    const Vec<T> (&ends)[2],
     const T* activations,
     int64_t stride,
     Vec<T> (*query_sum)[2]) {
-  Vec<T> ends[2] = {broadcast(-limit), broadcast(limit)};
-  exponentials_of_twice<2, T>(ends);
   // Few blocks have any, and this takes fewer steps to see.
   Vec<T> least = ends[1];
   Vec<T> largest = ends[0];
@@ -1054,11 +1053,7 @@ void sweep_panel(
     const Activations<T>& taken = space.blocks[b / attention_block];
     if (taken.form == Form::cut_off) {
       drop_cut_off<T>(
-          end - b,
-          keys.kept_limit > 0 ? keys.kept_limit : keys.factor_limit,
-          taken.data,
-          taken.stride,
-          space.query_sum + b);
+          end - b, space.ends, taken.data, taken.stride, space.query_sum + b);
     }
     for (int64_t r = b; r < end; ++r) {
       T* to = grad_query + r * keys.hidden + unit;
@@ -1093,6 +1088,10 @@ void sweep(
     T* grad_key,
     T* grad_w_score) {
   PanelSpace<T> space;
+  const T limit = keys.kept_limit > 0 ? keys.kept_limit : keys.factor_limit;
+  space.ends[0] = broadcast(-limit);
+  space.ends[1] = broadcast(limit);
+  exponentials_of_twice<2, T>(space.ends);
   for (int64_t panel = begin; panel < end; ++panel) {
     sweep_panel(
         keys,

@@ -47,7 +47,7 @@ struct AttentionKeys {
   T fold_range;       // the largest |query| + |key| for `folded`
   T fold_limit;       // likewise |query|; 0 if it cannot be used
   T factor_limit;     // the largest |query| for e^2query in sweep(), or 0
-  T kept_limit; // likewise for both, where none is computed directly; or 0
+  T kept_limit; // likewise of e^2query that attend() leaves behind; 0 if none
 };
 
 template <typename T>
@@ -64,7 +64,8 @@ struct AttentionKernels {
   void (*finish_keys)(AttentionKeys<T>& keys);
 
   /// For one block of `rows` queries: weights [rows, K] = softmax_i(score +
-  /// log_prior). With kept_limit > 0 the queries are replaced by e^2query.
+  /// log_prior). With kept_limit > 0, where tanh need not be computed directly
+  /// for any query, the queries are replaced by e^2query.
   void (*attend)(
       const AttentionKeys<T>& keys,
       int64_t rows,

@@ -283,9 +283,11 @@ void multiply_dots(const Product<T>& of) {
       const bool in_place = rows == half && padded == depth;
       if (!in_place) {
         for (int64_t r = 0; r < half; ++r) {
-          for (int64_t k = 0; k < padded; ++k) {
-            packed.a[r * padded + k] =
-                r < rows && k < depth ? a[r * of.a_row + k] : 0;
+          for (int64_t k = 0; k < depth; k += lanes<T>) {
+            const Vec<T> values = r < rows
+                ? load_up_to(a + r * of.a_row + k, depth - k, T(0))
+                : Vec<T>{};
+            store(packed.a + r * padded + k, values);
           }
         }
       }
