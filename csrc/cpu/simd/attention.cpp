@@ -753,7 +753,16 @@ struct PanelSpace {
   Vec<T> key[key_block][2];          // values
   Vec<T> exponentials[key_block][2]; // denominator_unit * e^2key
   Vec<T> key_sum[key_block][2];
-  Vec<T> ends[2]; // e^2query at which queries are cut off
+};
+
+// Where the gradients of the queries go, for the units of one panel.
+template <typename T>
+struct QueryGrads {
+  T* to; // [rows, H] from the first of the units on, may be e^2query
+  int64_t stride;
+  int64_t units; // to be stored, of panel_width
+  Vec<T> w[2];   // w_score
+  T ends[2];     // e^2query at which queries are cut off
 };
 
 // What becomes r = 1 / (1 + e^2a e^2b), or, if not `factored`, tanh(a + b), for
@@ -801,10 +810,36 @@ struct Terms {
   }
 };
 
+// Removes the sums of queries that were cut off, where tanh is 1 for all keys.
+// NaN stays, as it would times 0.
+template <typename T>
+KDCI_INLINE void drop_cut_off(
+    const T (&ends)[2],
+    const Vec<T> (&query)[2],
+    Vec<T> (&sum)[2]) {
+  // Few queries are, and this takes fewer steps to see.
+  if (!reaches<T>(maximum<T>(query[0], query[1]), ends[1]) &&
+      !reaches<T>(maximum<T>(-query[0], -query[1]), -ends[0])) {
+    return;
+  }
+  for (int v = 0; v < 2; ++v) {
+    const auto cut =
+        ((query[v] <= ends[0]) | (query[v] >= ends[1])) & (sum[v] == sum[v]);
+    sum[v] = cut ? Vec<T>{} : sum[v];
+  }
+}
+
+// Which of the blocks of keys are at hand: the sums by query are kept from one
+// to the next in query_sum.
+struct KeyBlocks {
+  bool first;
+  bool last;
+};
+
 // Sums over `rows` queries and `count` keys, for the units of one panel: of
-// grad_score * (1 - tanh^2) / 4 by query and by key, and of grad_score * (1 -
-// tanh) / 2, or, if not `factored`, of -grad_score * tanh / 2. They are added
-// to what is there, but for those by query of the `first` keys.
+// grad_score * (1 - tanh^2) / 4 by query, which make the gradients, and by key,
+// and of grad_score * (1 - tanh) / 2, or, if not `factored`, of -grad_score *
+// tanh / 2. The latter two are added to what is there.
 template <int rows, bool factored, typename T>
 inline void sweep_rows_of(
     int64_t count,
@@ -813,7 +848,10 @@ inline void sweep_rows_of(
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
-    bool first,
+    KeyBlocks at,
+    bool cut,
+    const QueryGrads<T>& grads,
+    int64_t row,
     Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
@@ -879,74 +917,61 @@ inline void sweep_rows_of(
   }
   handle(count - 1, count - 1);
   for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < 2; ++v) {
-      query_sum[r][v] =
-          first ? slope_sum[r][v] : query_sum[r][v] + slope_sum[r][v];
+    Vec<T>(&sum)[2] = slope_sum[r];
+    for (int v = 0; v < 2 && !at.first; ++v) {
+      sum[v] += query_sum[row + r][v];
+    }
+    if (!at.last) {
+      query_sum[row + r][0] = sum[0];
+      query_sum[row + r][1] = sum[1];
+      continue;
+    }
+    if (cut) {
+      drop_cut_off<T>(grads.ends, query[r], sum);
+    }
+    T* to = grads.to + (row + r) * grads.stride;
+    for (int v = 0; v < 2 && grads.units > v * lanes<T>; ++v) {
+      store_up_to(
+          to + v * lanes<T>,
+          grads.units - v * lanes<T>,
+          grads.w[v] * (T(4) * sum[v]));
     }
   }
   score[0] += value_sum[0];
   score[1] += value_sum[1];
 }
 
-// sweep_rows_of for a block of queries.
+// sweep_rows_of for the block of `rows` queries from `row` on.
 template <bool factored, typename T>
 void sweep_block(
+    int64_t row,
     int64_t rows,
     int64_t count,
-    const T* activations,
-    int64_t stride,
+    const Activations<T>& taken,
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
-    bool first,
+    KeyBlocks at,
+    const QueryGrads<T>& grads,
     Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
   for (int64_t b = 0; b < rows; b += 2) {
-    (b + 1 < rows ? sweep_rows_of<2, factored, T>
-                  : sweep_rows_of<1, factored, T>)(count,
-                                                   activations + b * stride,
-                                                   stride,
-                                                   keys,
-                                                   grad_score + b * grad_stride,
-                                                   grad_stride,
-                                                   first,
-                                                   query_sum + b,
-                                                   key_sum,
-                                                   score);
-  }
-}
-
-// Removes the sums of queries that were cut off, where tanh is 1 for all keys.
-// NaN stays, as it would times 0.
-template <typename T>
-void drop_cut_off(
-    int64_t rows,
-    const Vec<T> (&ends)[2],
-    const T* activations,
-    int64_t stride,
-    Vec<T> (*query_sum)[2]) {
-  // Few blocks have any, and this takes fewer steps to see.
-  Vec<T> least = ends[1];
-  Vec<T> largest = ends[0];
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int v = 0; v < 2; ++v) {
-      const Vec<T> at = load(activations + r * stride + v * lanes<T>);
-      least = minimum<T>(at, least);
-      largest = maximum<T>(at, largest);
-    }
-  }
-  if (largest_lane<T>(largest) < ends[1][0] &&
-      -largest_lane<T>(-least) > ends[0][0]) {
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int v = 0; v < 2; ++v) {
-      const Vec<T> at = load(activations + r * stride + v * lanes<T>);
-      const Vec<T> sum = query_sum[r][v];
-      const auto cut = ((at <= ends[0]) | (at >= ends[1])) & (sum == sum);
-      query_sum[r][v] = cut ? Vec<T>{} : sum;
-    }
+    (b + 1 < rows
+         ? sweep_rows_of<2, factored, T>
+         : sweep_rows_of<1, factored, T>)(count,
+                                          taken.data + b * taken.stride,
+                                          taken.stride,
+                                          keys,
+                                          grad_score + b * grad_stride,
+                                          grad_stride,
+                                          at,
+                                          taken.form == Form::cut_off,
+                                          grads,
+                                          row + b,
+                                          query_sum,
+                                          key_sum,
+                                          score);
   }
 }
 
@@ -963,6 +988,7 @@ void sweep_panel(
     T* grad_query,
     T* grad_key,
     T* grad_w_score,
+    const T (&ends)[2],
     PanelSpace<T>& space) {
   constexpr int64_t width = panel_width<T>;
   const int64_t unit = panel * width;
@@ -970,6 +996,8 @@ void sweep_panel(
   const Vec<T> w[2] = {
       keys.score_scale * load(keys.w_score + unit),
       keys.score_scale * load(keys.w_score + unit + lanes<T>)};
+  const QueryGrads<T> grads = {
+      grad_query + unit, keys.hidden, units, {w[0], w[1]}, {ends[0], ends[1]}};
   // Of grad_score * tanh, with the sums that sweep_rows_of makes taken twice.
   Vec<T> score[2] = {};
   Vec<T> rest_lanes = {};
@@ -1023,17 +1051,18 @@ void sweep_panel(
       const bool factored = taken.form != Form::direct;
       (factored
            ? sweep_block<has_factored_form<T>, T>
-           : sweep_block<false, T>)(rows_left < attention_block
+           : sweep_block<false, T>)(b,
+                                    rows_left < attention_block
                                         ? rows_left
                                         : attention_block,
                                     count,
-                                    taken.data,
-                                    taken.stride,
+                                    taken,
                                     factored ? space.exponentials : space.key,
                                     grad_score + b * keys.count + i,
                                     keys.count,
-                                    i == 0,
-                                    space.query_sum + b,
+                                    {i == 0, i + count == keys.count},
+                                    grads,
+                                    space.query_sum,
                                     space.key_sum,
                                     score);
     }
@@ -1045,23 +1074,6 @@ void sweep_panel(
             accumulate ? load_up_to(to, in_vector, T(0)) : Vec<T>{};
         store_up_to(
             to, in_vector, before + w[v] * (T(4) * space.key_sum[k][v]));
-      }
-    }
-  }
-  for (int64_t b = 0; b < rows; b += attention_block) {
-    const int64_t end = rows - b < attention_block ? rows : b + attention_block;
-    const Activations<T>& taken = space.blocks[b / attention_block];
-    if (taken.form == Form::cut_off) {
-      drop_cut_off<T>(
-          end - b, space.ends, taken.data, taken.stride, space.query_sum + b);
-    }
-    for (int64_t r = b; r < end; ++r) {
-      T* to = grad_query + r * keys.hidden + unit;
-      for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
-        store_up_to(
-            to + v * lanes<T>,
-            units - v * lanes<T>,
-            w[v] * (T(4) * space.query_sum[r][v]));
       }
     }
   }
@@ -1089,9 +1101,9 @@ void sweep(
     T* grad_w_score) {
   PanelSpace<T> space;
   const T limit = keys.kept_limit > 0 ? keys.kept_limit : keys.factor_limit;
-  space.ends[0] = broadcast(-limit);
-  space.ends[1] = broadcast(limit);
-  exponentials_of_twice<2, T>(space.ends);
+  Vec<T> at_limits[2] = {broadcast(-limit), broadcast(limit)};
+  exponentials_of_twice<2, T>(at_limits);
+  const T ends[2] = {at_limits[0][0], at_limits[1][0]};
   for (int64_t panel = begin; panel < end; ++panel) {
     sweep_panel(
         keys,
@@ -1104,6 +1116,7 @@ void sweep(
         grad_query,
         grad_key,
         grad_w_score,
+        ends,
         space);
   }
 }

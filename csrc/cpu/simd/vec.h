@@ -138,4 +138,18 @@ inline T largest_lane(Vec<T> values) {
   }
 }
 
+/// Whether a value is `limit` or more.
+template <typename T>
+inline bool reaches(Vec<T> values, T limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_cmp_ps_mask(values, _mm512_set1_ps(limit), _CMP_GE_OQ) != 0;
+  } else {
+    return _mm512_cmp_pd_mask(values, _mm512_set1_pd(limit), _CMP_GE_OQ) != 0;
+  }
+#else
+  return largest_lane<T>(values) >= limit;
+#endif
+}
+
 } // namespace kdci::KDCI_SIMD
