@@ -371,23 +371,23 @@ def _check_teacher(name: str, teacher: Tensor, student_name: str, student: Tenso
 
 def _fit_together(*tensors: Tensor) -> bool:
     """Say whether `_check_attention` has nothing to object to, without finding words for it."""
-    for value in tensors:
-        if not isinstance(value, Tensor) or value.dtype not in _checks.FLOATING:
-            return False
     logits, prototypes, proportions, w_query, w_key, w_score = tensors
     try:
+        for value in tensors:
+            if value.dtype not in _checks.FLOATING:
+                return False
         (batch, d), (num_prototypes, d_prototypes) = logits.shape, prototypes.shape
         (hidden, d_query), (hidden_key, d_key) = w_query.shape, w_key.shape
         (num_proportions,), (hidden_score,) = proportions.shape, w_score.shape
-    except ValueError:
+    except (AttributeError, ValueError):  # no tensor, or of another number of dimensions
         return False
-    device = logits.device
     return (
         batch > 0
         and d_prototypes == d_query == d_key == d > 0
         and num_proportions == num_prototypes > 0
         and hidden_key == hidden_score == hidden > 0
-        and all(value.device == device for value in tensors)
+        and logits.device == prototypes.device == proportions.device
+        and logits.device == w_query.device == w_key.device == w_score.device
     )
 
 
