@@ -36,25 +36,23 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "Tensor w_score, "               // [H]
       "bool posterior, float scale) -> ("
       "Tensor compensated, " // [B, d]
-      "Tensor weights, "     // [B, K]
-      "Tensor query, "       // [B, H], or e^2query
-      "Tensor key)");        // [K, H]
+      "Tensor saved)");      // for the gradients: [B H + K H + B K]
   m.def(
       "compensate_backward("
       "Tensor grad, " // [B, d]
       "Tensor logits, Tensor prototypes, Tensor proportions, "
       "Tensor w_query, Tensor w_key, Tensor w_score, "
-      "Tensor weights, Tensor query, Tensor key, " // as compensate returned
+      "Tensor saved, " // as compensate returned it
       "bool posterior, float scale, bool dictionary_grad) -> ("
       "Tensor grad_logits, Tensor grad_prototypes, Tensor grad_proportions, "
       "Tensor grad_w_query, Tensor grad_w_key, Tensor grad_w_score)");
-  // On the CPU alone: the gradient of the queries takes their place.
+  // On the CPU alone: the gradient of the queries takes their place in `saved`.
   m.def(
       "compensate_backward_("
       "Tensor grad, " // [B, d]
       "Tensor logits, Tensor prototypes, Tensor proportions, "
       "Tensor w_query, Tensor w_key, Tensor w_score, "
-      "Tensor weights, Tensor(a!) query, Tensor key, "
+      "Tensor(a!) saved, "
       "bool posterior, float scale, bool dictionary_grad) -> ("
       "Tensor grad_logits, Tensor grad_prototypes, Tensor grad_proportions, "
       "Tensor grad_w_query, Tensor grad_w_key, Tensor grad_w_score)");

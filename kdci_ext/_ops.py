@@ -21,6 +21,8 @@ from kdci_ext.reference import accumulate_dtype
 
 Grads = tuple[Tensor | None, ...]
 
+_operators = torch.ops.kdci_ext
+
 
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
@@ -69,12 +71,8 @@ def _fake_compensate(
 ) -> tuple[Tensor, ...]:
     dtype = accumulate_dtype(logits, prototypes, proportions, w_query, w_key, w_score)
     batch, num_prototypes, hidden = logits.shape[0], prototypes.shape[0], w_query.shape[0]
-    return (
-        logits.new_empty(logits.shape),
-        logits.new_empty((batch, num_prototypes), dtype=dtype),
-        logits.new_empty((batch, hidden), dtype=dtype),
-        logits.new_empty((num_prototypes, hidden), dtype=dtype),
-    )
+    num_saved = (batch + num_prototypes) * hidden + batch * num_prototypes
+    return logits.new_empty(logits.shape), logits.new_empty((num_saved,), dtype=dtype)
 
 
 def _fake_compensate_backward(
@@ -85,9 +83,7 @@ def _fake_compensate_backward(
     w_query: Tensor,
     w_key: Tensor,
     w_score: Tensor,
-    weights: Tensor,
-    query: Tensor,
-    key: Tensor,
+    saved: Tensor,
     posterior: bool,
     scale: float,
     dictionary_grad: bool,
@@ -144,9 +140,9 @@ def _fake_grads(
 
 
 def _save_compensate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.posterior, ctx.scale = inputs
-    ctx.dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.save_for_backward(*tensors, *output[1:])
+    dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.options = (*inputs[6:], dictionary_grad)
+    ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -156,19 +152,16 @@ def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _compensate_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
-    return _call_backward(torch.ops.kdci_ext.compensate_backward.default, ctx, grad)
+    return _call_backward(_operators.compensate_backward.default, ctx, grad)
 
 
 def _call_backward(operator: Any, ctx: Any, grad: Tensor | None) -> Grads:
     if grad is None:
         return (None,) * 8
-    grads = operator(grad, *ctx.saved_tensors, ctx.posterior, ctx.scale, ctx.dictionary_grad)
-    return (*_without_dictionary(grads, ctx.dictionary_grad), None, None)
-
-
-def _without_dictionary(grads: Grads, dictionary_grad: bool) -> Grads:
-    """Replace the empty gradients of prototypes and proportions by None."""
-    return grads if dictionary_grad else (grads[0], None, None, *grads[3:])
+    grads = operator(grad, *ctx.saved_tensors, *ctx.options)
+    if ctx.options[2]:
+        return (*grads, None, None)
+    return (grads[0], None, None, *grads[3:], None, None)  # of the dictionary they are empty
 
 
 def _save_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -226,7 +219,7 @@ class _Compensate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.kdci_ext.compensate.default(*inputs)
+            output = _operators.compensate.default(*inputs)
         _save_compensate(ctx, inputs, output)
         return output[0]  # type: ignore[no-any-return]
 
@@ -234,10 +227,9 @@ class _Compensate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> Grads:
         if torch.is_grad_enabled():  # for a second derivative, which is refused in time
             return _compensate_backward(ctx, grad)
-        operators = torch.ops.kdci_ext
         with torch._C._AutoDispatchBelowAutograd():
             if _may_overwrite(grad):
-                return _call_backward(operators.compensate_backward_.default, ctx, grad)
+                return _call_backward(_operators.compensate_backward_.default, ctx, grad)
             return _compensate_backward(ctx, grad)
 
 
@@ -245,7 +237,7 @@ def _may_overwrite(grad: Tensor | None) -> bool:
     """Whether the backward pass that runs is the last one to need what was saved."""
     return (
         type(grad) is Tensor
-        and grad.device.type == "cpu"
+        and grad.is_cpu
         and not torch.compiler.is_compiling()
         and not _is_batched(grad)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -256,7 +248,7 @@ class _CompensatedKDLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs)
+            output = _operators.compensated_kd_loss.default(*inputs)
         _save_kd_loss(ctx, inputs, output)
         return output[0]  # type: ignore[no-any-return]
 
@@ -312,7 +304,7 @@ class _FunctionalCompensate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _compensate_context(ctx, inputs, output)
-        ctx.dictionary_grad = True
+        ctx.options = (*inputs[6:], True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
@@ -320,7 +312,7 @@ class _FunctionalCompensate(torch.autograd.Function):
             return (None,) * 8
         grads = _call(
             *("compensate_backward", _FunctionalBackward, grad, *ctx.saved_tensors),
-            *(ctx.posterior, ctx.scale, True),
+            *ctx.options,
         )
         return (*grads, None, None)
 
@@ -357,10 +349,12 @@ def _call(name: str, functional: Any, *inputs: Any) -> tuple[Tensor, ...]:
     """Call an operator, by way of ``functional`` within transforms of torch.func."""
     if torch._C._are_functorch_transforms_active():
         return functional.apply(*inputs)  # type: ignore[no-any-return]
-    return getattr(torch.ops.kdci_ext, name).default(*inputs)  # type: ignore[no-any-return]
+    return getattr(_operators, name).default(*inputs)  # type: ignore[no-any-return]
 
 
-# What Function.apply calls in the end. It first looks for transforms and for a setup_context; the
+# In eager mode gradients come by these functions: what register_autograd makes costs four times as
+# much, as long as the kernels at the smallest shapes, but is what torch.compile sees. This is what
+# Function.apply calls in the end; it first looks for transforms and for a setup_context, and the
 # callers know that there are none.
 _apply_compensate: Any = super(torch.autograd.Function, _Compensate).apply
 _apply_kd_loss: Any = super(torch.autograd.Function, _CompensatedKDLoss).apply
@@ -368,27 +362,25 @@ _apply_kd_loss: Any = super(torch.autograd.Function, _CompensatedKDLoss).apply
 
 def compensate(*inputs: Any) -> Tensor:
     """Call the operator for its first output."""
-    tensors = inputs[:6]
     if not torch.compiler.is_compiling():
+        _refuse_forward_mode("compensate", inputs[:6])
         if torch._C._are_functorch_transforms_active():
-            _refuse_forward_mode("compensate", tensors)
             return _call("compensate", _FunctionalCompensate, *inputs)[0]
-        if _needs_grad(tensors):
+        if torch.is_grad_enabled():
             return _apply_compensate(*inputs)  # type: ignore[no-any-return]
-        _refuse_forward_mode("compensate", tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
-    return torch.ops.kdci_ext.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
+            return _operators.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
+    return _operators.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
 
 
 def compensated_kd_loss(*inputs: Any) -> Tensor:
     """Call the operator for its first output, with the gradients that autograd will want."""
     tensors = inputs[:7]
-    need_grad = _needs_grad(tensors)
+    need_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     dictionary_grad = need_grad and (tensors[2].requires_grad or tensors[3].requires_grad)
     if not torch.compiler.is_compiling():
+        _refuse_forward_mode("compensated_kd_loss", tensors)
         if torch._C._are_functorch_transforms_active():
-            _refuse_forward_mode("compensated_kd_loss", tensors)
             # An outer transform may take gradients of what needs none here.
             all_grads = torch.is_grad_enabled()
             return _call(
@@ -396,22 +388,11 @@ def compensated_kd_loss(*inputs: Any) -> Tensor:
             )[0]
         if need_grad:
             return _apply_kd_loss(*inputs, need_grad, dictionary_grad)  # type: ignore[no-any-return]
-        _refuse_forward_mode("compensated_kd_loss", tensors)
         with torch._C._AutoDispatchBelowAutograd():
-            loss = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs, False, False)
+            loss = _operators.compensated_kd_loss.default(*inputs, False, False)
         return loss[0]  # type: ignore[no-any-return]
-    loss = torch.ops.kdci_ext.compensated_kd_loss.default(*inputs, need_grad, dictionary_grad)
+    loss = _operators.compensated_kd_loss.default(*inputs, need_grad, dictionary_grad)
     return loss[0]  # type: ignore[no-any-return]
-
-
-def _needs_grad(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether autograd will want gradients.
-
-    In eager mode it then gets them by functions of ours: what ``register_autograd`` makes costs
-    four times as much, as long as the kernels at the smallest shapes, but is what torch.compile
-    sees. Where no gradients are wanted, that is passed by as well.
-    """
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _refuse_forward_mode(name: str, tensors: tuple[Tensor, ...]) -> None:

@@ -323,7 +323,7 @@ def compensate(
     w_score: Tensor,
     posterior: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Add the attention-weighted prior to ``logits``; see ``functional.compensate``.
 
     Args:
@@ -337,22 +337,20 @@ def compensate(
         scale: Factor on the prior.
 
     Returns:
-        The compensated logits [B, d] in the type of ``logits``, and in float32, or float64 if an
-        input is, the attention weights [B, K] and the pre-activations of query [B, H] and key
-        [K, H].
+        The compensated logits [B, d] in the type of ``logits``, and the attention weights [B, K]
+        in float32, or float64 if an input is.
 
     Example:
         >>> s, z, p = torch.randn(4, 10), torch.randn(8, 10), torch.full((8,), 1 / 8)
         >>> w_query, w_key, w_score = torch.randn(16, 10), torch.randn(16, 10), torch.randn(16)
         >>> found = reference.compensate(s, z, p, w_query, w_key, w_score, False, 1.0)
         >>> [tuple(value.shape) for value in found]
-        [(4, 10), (4, 8), (4, 16), (8, 16)]
+        [(4, 10), (4, 8)]
     """
     inputs = (logits, prototypes, proportions, w_query, w_key, w_score)
     dtype = accumulate_dtype(*inputs)
     s, z, p, wq, wk, wt = (tensor.to(dtype) for tensor in inputs)
-    query, key = s @ wq.T, z @ wk.T
-    score = torch.tanh(query[:, None, :] + key[None, :, :]) @ wt
+    score = torch.tanh((s @ wq.T)[:, None, :] + (z @ wk.T)[None, :, :]) @ wt
     if posterior:
         # Where P = 0 the weight is 0 and has no gradient; log 0 would make it NaN.
         present = p > 0
@@ -362,7 +360,7 @@ def compensate(
     else:
         weights = torch.softmax(score, 1)
         prior = weights @ (p[:, None] * z)
-    return (s + scale * prior).to(logits.dtype), weights, query, key
+    return (s + scale * prior).to(logits.dtype), weights
 
 
 def compensated_kd_loss(
@@ -402,7 +400,7 @@ def compensated_kd_loss(
         torch.Size([])
     """
     dtype = accumulate_dtype(student, teacher, prototypes, proportions, w_query, w_key, w_score)
-    compensated, *_ = compensate(
+    compensated, _ = compensate(
         student.to(dtype), prototypes, proportions, w_query, w_key, w_score, posterior, scale
     )
     log_student = F.log_softmax(compensated / temperature, 1)

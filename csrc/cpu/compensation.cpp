@@ -444,7 +444,26 @@ template class Compensation<double>;
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
+/// What the forward pass leaves for the backward pass, in one tensor.
+template <typename T>
+struct Saved {
+  Saved(const CompensationInputs<T>& inputs, const Tensor& saved)
+      : query(data<T>(saved)),
+        key(query + inputs.batch * inputs.hidden),
+        weights(key + inputs.prototypes * inputs.hidden) {}
+
+  T* query;   // [B, H], or e^2query
+  T* key;     // [K, H]
+  T* weights; // [B, K]
+};
+
+int64_t saved_size(const CompensationTensors& of) {
+  const int64_t batch = of.logits.size(0);
+  const int64_t count = of.prototypes.size(0);
+  return (batch + count) * of.w_score.size(0) + batch * count;
+}
+
+std::tuple<Tensor, Tensor> compensate(
     const Tensor& logits,      // [B, d]
     const Tensor& prototypes,  // [K, d]
     const Tensor& proportions, // [K]
@@ -455,13 +474,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
     double scale) {
   const CompensationTensors tensors(
       logits, prototypes, proportions, w_query, w_key, w_score);
-  const int64_t batch = logits.size(0);
-  const int64_t count = prototypes.size(0);
-  const int64_t hidden = w_score.size(0);
   const Tensor compensated = empty_cpu_like(tensors.logits);
-  const Tensor weights = empty_cpu({batch, count}, tensors.dtype);
-  const Tensor query = empty_cpu({batch, hidden}, tensors.dtype);
-  const Tensor key = empty_cpu({count, hidden}, tensors.dtype);
+  const Tensor saved = empty_cpu({saved_size(tensors)}, tensors.dtype);
   dispatch_compute_type(tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
     const CompensationInputs<T> inputs(tensors, posterior, scale);
@@ -471,14 +485,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compensate(
     const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
     Compensation<T> steps(inputs, arena, passes);
-    steps.prepare(data<T>(key), true);
-    steps.for_rows(0, batch, [&](int64_t first, int64_t rows) {
-      steps.project_queries(first, rows, data<T>(query));
-      steps.attend(first, rows, data<T>(query), data<T>(weights));
-      steps.compensate(first, rows, data<T>(weights), data<T>(compensated));
+    const Saved<T> to(inputs, saved);
+    steps.prepare(to.key, true);
+    steps.for_rows(0, inputs.batch, [&](int64_t first, int64_t rows) {
+      steps.project_queries(first, rows, to.query);
+      steps.attend(first, rows, to.query, to.weights);
+      steps.compensate(first, rows, to.weights, data<T>(compensated));
     });
   });
-  return {as_type_of(logits, compensated), weights, query, key};
+  return {as_type_of(logits, compensated), saved};
 }
 
 template <bool overwrite_query>
@@ -490,30 +505,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     const Tensor& w_query,     // [H, d]
     const Tensor& w_key,       // [H, d]
     const Tensor& w_score,     // [H]
-    const Tensor& weights,     // [B, K]
-    const Tensor& query,       // [B, H]
-    const Tensor& key,         // [K, H]
+    const Tensor& saved,       // [B H + K H + B K]
     bool posterior,
     double scale,
     bool dictionary_grad) {
   const CompensationTensors tensors(
       logits, prototypes, proportions, w_query, w_key, w_score);
-  const int64_t batch = logits.size(0);
-  const int64_t count = prototypes.size(0);
-  const int64_t hidden = w_score.size(0);
   STD_TORCH_CHECK(
-      grad.dim() == 2 && grad.size(0) == batch &&
+      grad.dim() == 2 && grad.size(0) == logits.size(0) &&
           grad.size(1) == logits.size(1),
       "grad must be of the shape of logits");
   STD_TORCH_CHECK(
-      weights.dim() == 2 && weights.size(0) == batch &&
-          weights.size(1) == count && query.dim() == 2 &&
-          query.size(0) == batch && query.size(1) == hidden && key.dim() == 2 &&
-          key.size(0) == count && key.size(1) == hidden,
-      "weights, query and key must be as compensate returned them");
-  const Tensor saved_weights = as_contiguous(weights, tensors.dtype);
-  const Tensor saved_query = as_contiguous(query, tensors.dtype);
-  const Tensor saved_key = as_contiguous(key, tensors.dtype);
+      saved.dim() == 1 && saved.size(0) == saved_size(tensors) &&
+          saved.scalar_type() == tensors.dtype && saved.is_contiguous(),
+      "saved must be as compensate returned it");
   const Tensor grad_compensated = as_contiguous(grad, tensors.dtype);
   CompensationGrads grads(tensors, dictionary_grad);
   dispatch_compute_type(tensors.dtype, [&](auto zero) {
@@ -525,12 +530,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
     Arena arena(memory.mutable_data_ptr());
     Compensation<T> steps(inputs, arena, passes);
-    steps.prepare(data<T>(saved_key), false);
+    const Saved<T> from(inputs, saved);
+    steps.prepare(from.key, false);
     steps.backward(
-        const_data<T>(grad_compensated),
-        const_data<T>(saved_weights),
-        data<T>(saved_query),
-        grads);
+        const_data<T>(grad_compensated), from.weights, from.query, grads);
   });
   return {
       as_type_of(logits, grads.logits),

@@ -298,7 +298,19 @@ struct GradTensors {
   }
 };
 
-using CompensateResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+int64_t saved_size(int64_t batch, int64_t prototypes, int64_t hidden) {
+  return (batch + prototypes) * hidden + batch * prototypes;
+}
+
+/// Where in `saved` the forward pass leaves what the backward pass reads.
+template <typename A>
+AttentionState<A> state_in(const Tensor& saved, const Attention<A>& of) {
+  A* query = mutable_data<A>(saved);
+  A* key = query + of.batch * of.hidden;
+  return {key + of.prototypes * of.hidden, query, key};
+}
+
+using CompensateResult = std::tuple<Tensor, Tensor>;
 
 template <typename A>
 CompensateResult compensate_as(
@@ -306,15 +318,14 @@ CompensateResult compensate_as(
     ScalarType result) {
   const Attention<A>& view = inputs.view;
   Tensor compensated = torch::stable::empty_like(inputs.logits);
-  Tensor weights = new_empty(inputs.logits, {view.batch, view.prototypes});
-  Tensor query = new_empty(inputs.logits, {view.batch, view.hidden});
-  Tensor key = new_empty(inputs.logits, {view.prototypes, view.hidden});
+  Tensor saved = new_empty(
+      inputs.logits, {saved_size(view.batch, view.prototypes, view.hidden)});
   attention_forward(
       view,
-      {mutable_data<A>(weights), mutable_data<A>(query), mutable_data<A>(key)},
+      state_in(saved, view),
       mutable_data<A>(compensated),
       current_stream(inputs.logits));
-  return {as_type(compensated, result), weights, query, key};
+  return {as_type(compensated, result), saved};
 }
 
 CompensateResult compensate(
@@ -382,20 +393,18 @@ BackwardResult compensate_backward(
     const Tensor& w_query,     // [H, d]
     const Tensor& w_key,       // [H, d]
     const Tensor& w_score,     // [H]
-    const Tensor& weights,     // [B, K]
-    const Tensor& query,       // [B, H]
-    const Tensor& key,         // [K, H]
+    const Tensor& saved,       // [B H + K H + B K]
     bool posterior,
     double scale,
     bool dictionary_grad) {
   check_attention(logits, prototypes, proportions, w_query, w_key, w_score);
   const int64_t batch = logits.size(0);
-  const int64_t clusters = prototypes.size(0);
-  const int64_t hidden = w_query.size(0);
   check_tensor(grad, "grad", {batch, logits.size(1)}, logits);
-  check_tensor(weights, "weights", {batch, clusters}, logits);
-  check_tensor(query, "query", {batch, hidden}, logits);
-  check_tensor(key, "key", {clusters, hidden}, logits);
+  check_tensor(
+      saved,
+      "saved",
+      {saved_size(batch, prototypes.size(0), w_query.size(0))},
+      logits);
   const DeviceGuard guard(logits.get_device_index());
   const auto run = [&](auto a) -> BackwardResult {
     using A = decltype(a);
@@ -409,16 +418,9 @@ BackwardResult compensate_backward(
         posterior,
         scale);
     const Tensor grad_a = as_contiguous(grad, kScalarType<A>);
-    const Tensor weights_a = as_contiguous(weights, kScalarType<A>);
-    const Tensor query_a = as_contiguous(query, kScalarType<A>);
-    const Tensor key_a = as_contiguous(key, kScalarType<A>);
+    const Tensor saved_a = as_contiguous(saved, kScalarType<A>);
     const GradTensors<A> grads = backward_as<A>(
-        inputs,
-        {mutable_data<A>(weights_a),
-         mutable_data<A>(query_a),
-         mutable_data<A>(key_a)},
-        grad_a,
-        dictionary_grad);
+        inputs, state_in(saved_a, inputs.view), grad_a, dictionary_grad);
     return {
         as_type(grads.logits, logits.scalar_type()),
         as_type(grads.prototypes, prototypes.scalar_type()),
@@ -467,8 +469,7 @@ LossResult compensated_kd_loss(
         posterior,
         scale);
     const Tensor teacher_a = as_contiguous(teacher, kScalarType<A>);
-    const auto [compensated, weights, query, key] =
-        compensate_as<A>(inputs, kScalarType<A>);
+    const auto [compensated, saved] = compensate_as<A>(inputs, kScalarType<A>);
     Tensor loss = new_empty(inputs.logits, {});
     const Tensor row_loss =
         new_empty(inputs.logits, {batch}, ScalarType::Double);
@@ -497,12 +498,7 @@ LossResult compensated_kd_loss(
           none(w_score)};
     }
     const GradTensors<A> grads = backward_as<A>(
-        inputs,
-        {mutable_data<A>(weights),
-         mutable_data<A>(query),
-         mutable_data<A>(key)},
-        grad,
-        dictionary_grad);
+        inputs, state_in(saved, inputs.view), grad, dictionary_grad);
     return {
         loss,
         as_type(grads.logits, student.scalar_type()),
