@@ -260,6 +260,13 @@ def test_ends_of_the_kernels_blocks(sizes):
     assert_compensate_is_right(make_attention(*sizes))
 
 
+@pytest.mark.parametrize("prototypes", [8, 16, 32, 64])
+@pytest.mark.parametrize("hidden", [32, 80])
+def test_keys_computed_as_a_transpose(prototypes, hidden):
+    """Few prototypes that fill whole panels, by a last panel that is full or is not."""
+    assert_compensate_is_right(make_attention(20, 100, prototypes, hidden))
+
+
 @pytest.mark.parametrize("classes", [1, 3, 4, 5, 8, 9, 11, 12, 13, 17, 28, 49])
 @pytest.mark.parametrize("hidden", [72, 300])
 def test_columns_that_fill_no_vector(classes, hidden):
@@ -437,7 +444,9 @@ def test_autocast_returns_the_callers_type(dtype):
 # -- determinism -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(256, 10, 8, 256), (300, 100, 32, 100), (64, 33, 130, 70)])
+@pytest.mark.parametrize(
+    "sizes", [(256, 10, 8, 256), (300, 100, 32, 100), (64, 33, 130, 70), (20, 100, 32, 256)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_and_repeats_change_no_bit(two_threads, sizes, dtype):
     inputs = make_attention(*sizes).to(dtype)

@@ -87,6 +87,9 @@ CompensationGrads::CompensationGrads(
       w_score(empty_cpu_like(tensors.w_score)),
       dictionary(dictionary) {}
 
+// Classes from which on it may pay to compute the keys' transpose.
+constexpr int64_t least_turned_classes = 64;
+
 template <typename T>
 Compensation<T>::Compensation(
     const CompensationInputs<T>& inputs,
@@ -157,24 +160,47 @@ void Compensation<T>::prepare(T* key, bool project) {
       grain_of(in_.prototypes * width * (project ? d + 8 : 8)),
       [&](int64_t begin, int64_t end) {
         if (project) {
-          const int64_t first = begin * width;
-          gemm<T>(
-              {in_.prototypes,
-               std::min(end * width, in_.hidden) - first,
-               d,
-               in_.z,
-               d,
-               1,
-               in_.w_key + first * d,
-               1,
-               d,
-               key + first,
-               in_.hidden,
-               false});
+          project_keys(begin * width, std::min(end * width, in_.hidden), key);
         }
         kernels_.pack_keys(keys_, begin, end);
       });
   kernels_.finish_keys(keys_);
+}
+
+template <typename T>
+void Compensation<T>::project_keys(int64_t first, int64_t last, T* key) {
+  const int64_t d = in_.classes;
+  const int64_t count = in_.prototypes;
+  const T* w_key = in_.w_key + first * d;
+  if (!turn_keys()) {
+    gemm<T>(
+        {count,
+         last - first,
+         d,
+         in_.z,
+         d,
+         1,
+         w_key,
+         1,
+         d,
+         key + first,
+         in_.hidden,
+         false});
+    return;
+  }
+  // Where the folded keys of these units are to come.
+  T* turned = keys_.folded + first * count;
+  gemm<T>(
+      {last - first, count, d, w_key, d, 1, in_.z, 1, d, turned, count, false});
+  gemm_kernels<T>().turn(
+      last - first, count, turned, count, key + first, in_.hidden);
+}
+
+template <typename T>
+bool Compensation<T>::turn_keys() const {
+  const int64_t width = kernels_.panel_width;
+  return in_.classes >= least_turned_classes && in_.hidden % 16 == 0 &&
+      in_.prototypes % width == 0 && in_.prototypes <= 2 * width;
 }
 
 template <typename T>

@@ -118,6 +118,13 @@ class Compensation {
       CompensationGrads& grads);
 
  private:
+  /// Units [first, last) of key [K, H] = z w_key^T; first begins a panel.
+  void project_keys(int64_t first, int64_t last, T* key);
+
+  /// Whether to compute the transpose of that, for which z is packed instead of
+  /// w_key: it pays where few prototypes fill whole panels.
+  bool turn_keys() const;
+
   /// Rows of the batch that the backward pass takes at a time.
   int64_t slab_rows() const;
 

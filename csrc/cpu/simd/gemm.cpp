@@ -40,8 +40,8 @@ struct Workspace {
 template <typename T>
 thread_local Workspace<T> workspace;
 
-// to[k * width + p] = from[p * p_stride + k] for p < count, and 0 for count <=
-// p < width, a multiple of lanes<T>: by squares that are transposed in
+// to[k * to_stride + p] = from[p * p_stride + k] for p < count, and 0 for count
+// <= p < width, a multiple of lanes<T>: by squares that are transposed in
 // registers.
 template <typename T>
 void pack_rows(
@@ -50,7 +50,8 @@ void pack_rows(
     int64_t depth,
     const T* from,
     int64_t p_stride,
-    T* to) {
+    T* to,
+    int64_t to_stride) {
   for (int64_t p = 0; p < width; p += lanes<T>) {
     for (int64_t k = 0; k < depth; k += lanes<T>) {
       Vec<T> square[lanes<T>] = {};
@@ -59,7 +60,7 @@ void pack_rows(
       }
       transpose<lanes<T> / 2, T>(square);
       for (int64_t i = 0; i < lanes<T> && k + i < depth; ++i) {
-        store(to + (k + i) * width + p, square[i]);
+        store(to + (k + i) * to_stride + p, square[i]);
       }
     }
   }
@@ -79,7 +80,7 @@ void pack(
     T* to) {
   if (p_stride != 1 && k_stride == 1 && width % lanes<T> == 0 &&
       factors == nullptr) {
-    pack_rows(width, count, depth, from, p_stride, to);
+    pack_rows(width, count, depth, from, p_stride, to, width);
     return;
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -441,9 +442,23 @@ void multiply(const Product<T>& product) {
   }
 }
 
+template <typename T>
+void turn(
+    int64_t m,
+    int64_t n,
+    const T* from,
+    int64_t from_row,
+    T* to,
+    int64_t to_row) {
+  pack_rows(m, m, n, from, from_row, to, to_row);
+}
+
+template <typename T>
+constexpr GemmKernels<T> table = {multiply<T>, turn<T>};
+
 } // namespace
 
-extern const GemmKernels<float> gemm_kernels_float = {multiply<float>};
-extern const GemmKernels<double> gemm_kernels_double = {multiply<double>};
+extern const GemmKernels<float> gemm_kernels_float = table<float>;
+extern const GemmKernels<double> gemm_kernels_double = table<double>;
 
 } // namespace kdci::KDCI_SIMD

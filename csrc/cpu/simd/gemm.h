@@ -52,6 +52,15 @@ struct Product {
 template <typename T>
 struct GemmKernels {
   void (*multiply)(const Product<T>& product);
+
+  /// to [n, m] = the transpose of from [m, n], where m fills whole vectors.
+  void (*turn)(
+      int64_t m,
+      int64_t n,
+      const T* from,
+      int64_t from_row,
+      T* to,
+      int64_t to_row);
 };
 
 KDCI_DECLARE_PER_TYPE(GemmKernels, gemm_kernels)
