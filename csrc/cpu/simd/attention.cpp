@@ -140,26 +140,29 @@ void pack_keys(AttentionKeys<T>& keys, int64_t begin, int64_t end) {
     Vec<T> score = {};
     for (int64_t i = 0; i < keys.count; ++i) {
       const bool present = is_present(keys, i);
-      for (int64_t part = 0; part < width; part += lanes<T>) {
-        const int64_t unit = panel * width + part;
+      Vec<T> values[2];
+      for (int64_t v = 0; v < 2; ++v) {
+        const int64_t unit = panel * width + v * lanes<T>;
         const int64_t left = keys.hidden - unit;
-        const Vec<T> value = left <= 0
+        values[v] = left <= 0
             ? Vec<T>{}
             : load_up_to(keys.values + i * keys.hidden + unit, left, T(0));
-        const Vec<T> size = absolute<T>(value);
+        const Vec<T> size = absolute<T>(values[v]);
         largest = maximum<T>(size, largest);
         if (present) {
           sum += counted<T>(size);
           score += counted<T>(size) * absolute<T>(load(keys.w_score + unit));
         }
-        if constexpr (has_factored_form<T>) {
-          if (keys.folded != nullptr) {
-            // Beyond the bound they are not used.
-            const Vec<T> safe = size > bound ? Vec<T>{} : value;
-            store(
-                keys.folded + (panel * keys.count + i) * width + part,
-                exponential<T>(safe + safe) * load(keys.inverse_score + unit));
-          }
+        // Beyond the bound they are not used.
+        values[v] = size > bound ? Vec<T>{} : values[v];
+      }
+      if constexpr (has_factored_form<T>) {
+        if (keys.folded != nullptr) {
+          T* to = keys.folded + (panel * keys.count + i) * width;
+          const T* inverse = keys.inverse_score + panel * width;
+          exponentials_of_twice<2, T>(values);
+          store(to, values[0] * load(inverse));
+          store(to + lanes<T>, values[1] * load(inverse + lanes<T>));
         }
       }
     }
@@ -273,16 +276,6 @@ void finish_keys(AttentionKeys<T>& keys) {
                                                             : keys.factor_limit;
     }
   }
-}
-
-// x = e^2x
-template <int count, typename T>
-KDCI_INLINE void exponentials_of_twice(Vec<T> (&x)[count]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    x[i] += x[i];
-  }
-  exponentials<count, T>(x);
 }
 
 // Units [first, first + width) of a block of queries, filled up with zeros.
@@ -810,6 +803,26 @@ struct Terms {
   }
 };
 
+// Whether any e^2query may be at an end, where queries are cut off. As whole
+// numbers, those between the ends are a range, which NaN is not in.
+template <int rows, typename T>
+KDCI_INLINE bool any_cut_off(
+    const T (&ends)[2],
+    const Vec<T> (&query)[rows][2]) {
+  using Word = typename Bits<T>::type;
+  const Word low = bits_of(ends[0]) + 1;
+  BitsVec<T> largest = {};
+#pragma GCC unroll 2
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const BitsVec<T> above = (BitsVec<T>)query[r][v] - low;
+      largest = above > largest ? above : largest;
+    }
+  }
+  return reaches<Word>(largest, bits_of(ends[1]) - low);
+}
+
 // Removes the sums of queries that were cut off, where tanh is 1 for all keys.
 // NaN stays, as it would times 0.
 template <typename T>
@@ -817,16 +830,18 @@ KDCI_INLINE void drop_cut_off(
     const T (&ends)[2],
     const Vec<T> (&query)[2],
     Vec<T> (&sum)[2]) {
-  // Few queries are, and this takes fewer steps to see.
-  if (!reaches<T>(maximum<T>(query[0], query[1]), ends[1]) &&
-      !reaches<T>(maximum<T>(-query[0], -query[1]), -ends[0])) {
-    return;
-  }
   for (int v = 0; v < 2; ++v) {
     const auto cut =
         ((query[v] <= ends[0]) | (query[v] >= ends[1])) & (sum[v] == sum[v]);
     sum[v] = cut ? Vec<T>{} : sum[v];
   }
+}
+
+// By additions, which leave the multiplier to others.
+template <typename T>
+KDCI_INLINE Vec<T> four_times(Vec<T> value) {
+  const Vec<T> twice = value + value;
+  return twice + twice;
 }
 
 // Which of the blocks of keys are at hand: the sums by query are kept from one
@@ -836,20 +851,21 @@ struct KeyBlocks {
   bool last;
 };
 
-// Sums over `rows` queries and `count` keys, for the units of one panel: of
-// grad_score * (1 - tanh^2) / 4 by query, which make the gradients, and by key,
-// and of grad_score * (1 - tanh) / 2, or, if not `factored`, of -grad_score *
-// tanh / 2. The latter two are added to what is there.
+// Adds up queries [begin, end), `rows` at a time, and `count` keys, for the
+// units of one panel: grad_score * (1 - tanh^2) / 4 by query, which make the
+// gradients, and by key, and grad_score * (1 - tanh) / 2, or, if not
+// `factored`, -grad_score * tanh / 2. The latter two are added to what is
+// there. Pointers are to the first of the run's queries, the one of `row`.
 template <int rows, bool factored, typename T>
 inline void sweep_rows_of(
+    int64_t begin,
+    int64_t end,
     int64_t count,
-    const T* activations,
-    int64_t stride,
+    const Activations<T>& taken,
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
     KeyBlocks at,
-    bool cut,
     const QueryGrads<T>& grads,
     int64_t row,
     Vec<T> (*query_sum)[2],
@@ -857,93 +873,141 @@ inline void sweep_rows_of(
     Vec<T>* score) {
   // The chain of operations for a term is so long that the processor's queues
   // would fill up waiting: with AVX-512 a key is begun while the one before it
-  // is being finished.
+  // is being finished, and the next queries' first one with the last one.
   constexpr bool ahead = factored && estimates;
+  const bool cut = taken.form == Form::cut_off && at.last;
+  const bool whole = grads.units >= panel_width<T>;
   Vec<T> query[rows][2];
-  Vec<T> slope_sum[rows][2] = {};
-  Vec<T> value_sum[2] = {};
   Terms<factored, T> terms[rows];
-  for (int r = 0; r < rows; ++r) {
-    query[r][0] = load(activations + r * stride);
-    query[r][1] = load(activations + r * stride + lanes<T>);
-    if constexpr (ahead) {
-      terms[r].start(query[r], keys[0][0], keys[0][1]);
-    }
-  }
-  const auto handle = [&](int64_t i, int64_t next) KDCI_ALWAYS_INLINE {
-    Vec<T> key_sum0 = key_sum[i][0];
-    Vec<T> key_sum1 = key_sum[i][1];
+  const auto take = [&](int64_t b) KDCI_ALWAYS_INLINE {
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
-      if constexpr (!ahead) {
-        terms[r].start(query[r], keys[i][0], keys[i][1]);
-      }
-      const Terms<factored, T> now = terms[r];
-      if (ahead && next > i) {
-        terms[r].start(query[r], keys[next][0], keys[next][1]);
-      }
-      const Vec<T> grad = broadcast(grad_score[r * grad_stride + i]);
-      const Vec<T> term0 = now.finish(0);
-      const Vec<T> term1 = now.finish(1);
-      // Products with the gradient first, so that the sums are additions,
-      // which need not wait for the multiplier.
-      Vec<T> value0;
-      Vec<T> value1;
-      Vec<T> slope0;
-      Vec<T> slope1;
-      if constexpr (factored) {
-        value0 = grad * term0;
-        value1 = grad * term1;
-        slope0 = now.slope(0, value0, term0);
-        slope1 = now.slope(1, value1, term1);
-      } else {
-        value0 = T(-0.5) * grad * term0;
-        value1 = T(-0.5) * grad * term1;
-        slope0 = T(0.25) * grad + T(0.5) * value0 * term0;
-        slope1 = T(0.25) * grad + T(0.5) * value1 * term1;
-      }
-      slope_sum[r][0] += slope0;
-      slope_sum[r][1] += slope1;
-      key_sum0 += slope0;
-      key_sum1 += slope1;
-      value_sum[0] += value0;
-      value_sum[1] += value1;
+      const T* units = taken.data + (b + r) * taken.stride;
+      query[r][0] = load(units);
+      query[r][1] = load(units + lanes<T>);
     }
-    key_sum[i][0] = key_sum0;
-    key_sum[i][1] = key_sum1;
   };
-  for (int64_t i = 0; i + 1 < count; ++i) {
-    handle(i, i + 1);
+  take(begin);
+#pragma GCC unroll 2
+  for (int r = 0; r < rows && ahead; ++r) {
+    terms[r].start(query[r], keys[0][0], keys[0][1]);
   }
-  handle(count - 1, count - 1);
-  for (int r = 0; r < rows; ++r) {
-    Vec<T>(&sum)[2] = slope_sum[r];
-    for (int v = 0; v < 2 && !at.first; ++v) {
-      sum[v] += query_sum[row + r][v];
+  for (int64_t b = begin; b < end; b += rows) {
+    Vec<T> slope_sum[rows][2] = {};
+    Vec<T> value_sum[2] = {};
+    const auto handle = [&](int64_t i, int64_t next) KDCI_ALWAYS_INLINE {
+      Vec<T> key_sum0 = key_sum[i][0];
+      Vec<T> key_sum1 = key_sum[i][1];
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r) {
+        if constexpr (!ahead) {
+          terms[r].start(query[r], keys[i][0], keys[i][1]);
+        }
+        const Terms<factored, T> now = terms[r];
+        if constexpr (ahead) {
+          terms[r].start(query[r], keys[next][0], keys[next][1]);
+        }
+        const Vec<T> grad = broadcast(grad_score[(b + r) * grad_stride + i]);
+        const Vec<T> term0 = now.finish(0);
+        const Vec<T> term1 = now.finish(1);
+        // Products with the gradient first, so that the sums are additions,
+        // which need not wait for the multiplier.
+        Vec<T> value0;
+        Vec<T> value1;
+        Vec<T> slope0;
+        Vec<T> slope1;
+        if constexpr (factored) {
+          value0 = grad * term0;
+          value1 = grad * term1;
+          slope0 = now.slope(0, value0, term0);
+          slope1 = now.slope(1, value1, term1);
+        } else {
+          value0 = T(-0.5) * grad * term0;
+          value1 = T(-0.5) * grad * term1;
+          slope0 = T(0.25) * grad + T(0.5) * value0 * term0;
+          slope1 = T(0.25) * grad + T(0.5) * value1 * term1;
+        }
+        slope_sum[r][0] += slope0;
+        slope_sum[r][1] += slope1;
+        key_sum0 += slope0;
+        key_sum1 += slope1;
+        value_sum[0] += value0;
+        value_sum[1] += value1;
+      }
+      key_sum[i][0] = key_sum0;
+      key_sum[i][1] = key_sum1;
+    };
+    for (int64_t i = 0; i + 1 < count; ++i) {
+      handle(i, i + 1);
     }
-    if (!at.last) {
-      query_sum[row + r][0] = sum[0];
-      query_sum[row + r][1] = sum[1];
-      continue;
+    Vec<T> done[rows][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      done[r][0] = query[r][0];
+      done[r][1] = query[r][1];
     }
-    if (cut) {
-      drop_cut_off<T>(grads.ends, query[r], sum);
+    if constexpr (ahead) {
+      take(b + rows < end ? b + rows : b);
+      handle(count - 1, 0);
+    } else {
+      handle(count - 1, 0);
+      take(b + rows < end ? b + rows : b);
     }
-    T* to = grads.to + (row + r) * grads.stride;
-    for (int v = 0; v < 2 && grads.units > v * lanes<T>; ++v) {
-      store_up_to(
-          to + v * lanes<T>,
-          grads.units - v * lanes<T>,
-          grads.w[v] * (T(4) * sum[v]));
+    score[0] += value_sum[0];
+    score[1] += value_sum[1];
+    // Few are, and this takes fewer steps to see.
+    const bool any_cut = cut && any_cut_off<rows, T>(grads.ends, done);
+#pragma GCC unroll 2
+    for (int r = 0; r < rows; ++r) {
+      Vec<T>(&sum)[2] = slope_sum[r];
+      Vec<T>(&kept)[2] = query_sum[row + b + r];
+      if (!at.first) {
+        sum[0] += kept[0];
+        sum[1] += kept[1];
+      }
+      if (!at.last) {
+        kept[0] = sum[0];
+        kept[1] = sum[1];
+        continue;
+      }
+      if (any_cut) {
+        drop_cut_off<T>(grads.ends, done[r], sum);
+      }
+      sum[0] = grads.w[0] * four_times<T>(sum[0]);
+      sum[1] = grads.w[1] * four_times<T>(sum[1]);
+      T* to = grads.to + (row + b + r) * grads.stride;
+      if (whole) {
+        store(to, sum[0]);
+        store(to + lanes<T>, sum[1]);
+        continue;
+      }
+      for (int v = 0; v < 2 && grads.units > v * lanes<T>; ++v) {
+        store_up_to(to + v * lanes<T>, grads.units - v * lanes<T>, sum[v]);
+      }
     }
   }
-  score[0] += value_sum[0];
-  score[1] += value_sum[1];
 }
 
-// sweep_rows_of for the block of `rows` queries from `row` on.
+// The end of the queries from b on that can be swept in one go: blocks that are
+// taken for the same and follow upon each other.
+template <typename T>
+int64_t end_of_run(const Activations<T>* blocks, int64_t b, int64_t rows) {
+  const Activations<T>& first = blocks[b / attention_block];
+  int64_t end = b + attention_block;
+  while (end < rows) {
+    const Activations<T>& next = blocks[end / attention_block];
+    if (next.form != first.form || next.stride != first.stride ||
+        next.data != first.data + (end - b) * first.stride) {
+      break;
+    }
+    end += attention_block;
+  }
+  return end < rows ? end : rows;
+}
+
+// sweep_rows_of for the `rows` queries from `row` on.
 template <bool factored, typename T>
-void sweep_block(
+void sweep_run(
     int64_t row,
     int64_t rows,
     int64_t count,
@@ -956,22 +1020,28 @@ void sweep_block(
     Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
-  for (int64_t b = 0; b < rows; b += 2) {
-    (b + 1 < rows
-         ? sweep_rows_of<2, factored, T>
-         : sweep_rows_of<1, factored, T>)(count,
-                                          taken.data + b * taken.stride,
-                                          taken.stride,
-                                          keys,
-                                          grad_score + b * grad_stride,
-                                          grad_stride,
-                                          at,
-                                          taken.form == Form::cut_off,
-                                          grads,
-                                          row + b,
-                                          query_sum,
-                                          key_sum,
-                                          score);
+  const int64_t paired = rows / 2 * 2;
+  const auto sweep_from = [&](auto sweep, int64_t begin, int64_t end) {
+    sweep(
+        begin,
+        end,
+        count,
+        taken,
+        keys,
+        grad_score,
+        grad_stride,
+        at,
+        grads,
+        row,
+        query_sum,
+        key_sum,
+        score);
+  };
+  if (paired > 0) {
+    sweep_from(sweep_rows_of<2, factored, T>, 0, paired);
+  }
+  if (paired < rows) {
+    sweep_from(sweep_rows_of<1, factored, T>, paired, rows);
   }
 }
 
@@ -1001,7 +1071,6 @@ void sweep_panel(
   // Of grad_score * tanh, with the sums that sweep_rows_of makes taken twice.
   Vec<T> score[2] = {};
   Vec<T> rest_lanes = {};
-  bool any_direct = false;
   for (int64_t b = 0; b < rows; b += attention_block) {
     const int64_t left = rows - b;
     const int64_t count = left < attention_block ? left : attention_block;
@@ -1015,7 +1084,6 @@ void sweep_panel(
         space.query[b]);
     space.blocks[b / attention_block] = taken;
     const bool direct = taken.form == Form::direct;
-    any_direct |= direct;
     for (int64_t r = 0; r < count && !direct; r += lanes<T>) {
       rest_lanes += load_up_to(row_sums + b + r, count - r, T(0));
     }
@@ -1025,46 +1093,45 @@ void sweep_panel(
     const int64_t left = keys.count - i;
     const int64_t count = left < key_block ? left : key_block;
     for (int64_t k = 0; k < count; ++k) {
+      Vec<T> values[2];
       for (int v = 0; v < 2; ++v) {
         const int64_t in_vector = units - v * lanes<T>;
-        const Vec<T> value = in_vector <= 0
+        values[v] = in_vector <= 0
             ? Vec<T>{}
             : load_up_to(
                   keys.values + (i + k) * keys.hidden + unit + v * lanes<T>,
                   in_vector,
                   T(0));
         space.key_sum[k][v] = Vec<T>{};
-        if (any_direct) {
-          space.key[k][v] = value;
-        }
-        if constexpr (has_factored_form<T>) {
-          if (keys.factor_limit > 0) {
-            space.exponentials[k][v] = exponential<T>(value + value) *
-                static_cast<T>(denominator_unit);
-          }
+        space.key[k][v] = values[v];
+      }
+      if constexpr (has_factored_form<T>) {
+        if (keys.factor_limit > 0) {
+          exponentials_of_twice<2, T>(values);
+          const T denominator = static_cast<T>(denominator_unit);
+          space.exponentials[k][0] = denominator * values[0];
+          space.exponentials[k][1] = denominator * values[1];
         }
       }
     }
-    for (int64_t b = 0; b < rows; b += attention_block) {
-      const int64_t rows_left = rows - b;
+    for (int64_t b = 0, end; b < rows; b = end) {
       const Activations<T>& taken = space.blocks[b / attention_block];
+      end = end_of_run(space.blocks, b, rows);
       const bool factored = taken.form != Form::direct;
       (factored
-           ? sweep_block<has_factored_form<T>, T>
-           : sweep_block<false, T>)(b,
-                                    rows_left < attention_block
-                                        ? rows_left
-                                        : attention_block,
-                                    count,
-                                    taken,
-                                    factored ? space.exponentials : space.key,
-                                    grad_score + b * keys.count + i,
-                                    keys.count,
-                                    {i == 0, i + count == keys.count},
-                                    grads,
-                                    space.query_sum,
-                                    space.key_sum,
-                                    score);
+           ? sweep_run<has_factored_form<T>, T>
+           : sweep_run<false, T>)(b,
+                                  end - b,
+                                  count,
+                                  taken,
+                                  factored ? space.exponentials : space.key,
+                                  grad_score + b * keys.count + i,
+                                  keys.count,
+                                  {i == 0, i + count == keys.count},
+                                  grads,
+                                  space.query_sum,
+                                  space.key_sum,
+                                  score);
     }
     for (int64_t k = 0; k < count; ++k) {
       for (int v = 0; v < 2 && units > v * lanes<T>; ++v) {
@@ -1073,7 +1140,7 @@ void sweep_panel(
         const Vec<T> before =
             accumulate ? load_up_to(to, in_vector, T(0)) : Vec<T>{};
         store_up_to(
-            to, in_vector, before + w[v] * (T(4) * space.key_sum[k][v]));
+            to, in_vector, before + w[v] * four_times<T>(space.key_sum[k][v]));
       }
     }
   }

@@ -22,6 +22,13 @@ template <typename T>
 using BitsVec = Vec<typename Bits<T>::type>;
 
 template <typename T>
+inline typename Bits<T>::type bits_of(T x) {
+  typename Bits<T>::type bits;
+  __builtin_memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+
+template <typename T>
 inline Vec<T> absolute(Vec<T> x) {
   using Word = typename Bits<T>::type;
   return (Vec<T>)((BitsVec<T>)x & (~Word(0) >> 1));
@@ -46,6 +53,7 @@ struct ExpConstants<float> {
   static constexpr float log2_e = 0x1.715476p0f;
   static constexpr float ln2_high = 0x1.62e4p-1f; // n * ln2_high is exact
   static constexpr float ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr float half_ln2 = 0x1.62e43p-2f;
   // (e^r - 1 - r) / r^2 by powers of r for |r| <= log(2) / 2, of least largest
   // error relative to e^r: 4e-9.
   static constexpr float tail[] = {
@@ -68,6 +76,7 @@ struct ExpConstants<double> {
   static constexpr double log2_e = 0x1.71547652b82fep0;
   static constexpr double ln2_high = 0x1.62e42feep-1;
   static constexpr double ln2_low = 0x1.a39ef35793c76p-33;
+  static constexpr double half_ln2 = 0x1.62e42fefa39efp-2;
   static constexpr double tail[] = {
       // Taylor's
       1.0 / 2,
@@ -97,20 +106,14 @@ struct ExpParts {
   Vec<T> tail[count];
 };
 
+/// Fills in the tail and the power, from r and n in the low bits of `shifted`.
 template <int count, typename T>
-KDCI_INLINE ExpParts<count, T> split_exp(const Vec<T> (&x)[count]) {
+KDCI_INLINE void complete(
+    const Vec<T> (&shifted)[count],
+    ExpParts<count, T>& parts) {
   using C = ExpConstants<T>;
-  ExpParts<count, T> parts;
-  Vec<T> shifted[count];
 #pragma GCC unroll 4
   for (int i = 0; i < count; ++i) {
-    shifted[i] = x[i] * C::log2_e + C::round;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < count; ++i) {
-    const Vec<T> n = shifted[i] - C::round;
-    parts.r[i] = (x[i] - n * C::ln2_high) - n * C::ln2_low;
-    // The low bits of `shifted` hold n.
     const BitsVec<T> exponent = (BitsVec<T>)shifted[i] + C::exponent_bias;
     parts.power[i] = (Vec<T>)(exponent << C::mantissa_bits);
   }
@@ -126,13 +129,50 @@ KDCI_INLINE ExpParts<count, T> split_exp(const Vec<T> (&x)[count]) {
       parts.tail[i] = parts.tail[i] * parts.r[i] + C::tail[k];
     }
   }
+}
+
+template <int count, typename T>
+KDCI_INLINE ExpParts<count, T> split_exp(const Vec<T> (&x)[count]) {
+  using C = ExpConstants<T>;
+  ExpParts<count, T> parts;
+  Vec<T> shifted[count];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    shifted[i] = x[i] * C::log2_e + C::round;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    const Vec<T> n = shifted[i] - C::round;
+    parts.r[i] = (x[i] - n * C::ln2_high) - n * C::ln2_low;
+  }
+  complete<count, T>(shifted, parts);
   return parts;
 }
 
-/// x = e^x
+/// Of e^2x, in a step less. That half_ln2 is rounded changes r by n * 2e-9 in
+/// float, less than a twentieth of what the rounding of x itself may.
 template <int count, typename T>
-KDCI_INLINE void exponentials(Vec<T> (&x)[count]) {
-  const ExpParts<count, T> parts = split_exp<count, T>(x);
+KDCI_INLINE ExpParts<count, T> split_exp_of_twice(const Vec<T> (&x)[count]) {
+  using C = ExpConstants<T>;
+  ExpParts<count, T> parts;
+  Vec<T> shifted[count];
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    shifted[i] = x[i] * (2 * C::log2_e) + C::round;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < count; ++i) {
+    const Vec<T> half = x[i] - (shifted[i] - C::round) * C::half_ln2;
+    parts.r[i] = half + half;
+  }
+  complete<count, T>(shifted, parts);
+  return parts;
+}
+
+template <int count, typename T>
+KDCI_INLINE void put_together(
+    const ExpParts<count, T>& parts,
+    Vec<T> (&x)[count]) {
   Vec<T> mantissa[count];
 #pragma GCC unroll 4
   for (int i = 0; i < count; ++i) {
@@ -146,6 +186,18 @@ KDCI_INLINE void exponentials(Vec<T> (&x)[count]) {
   for (int i = 0; i < count; ++i) {
     x[i] = parts.power[i] * mantissa[i];
   }
+}
+
+/// x = e^x
+template <int count, typename T>
+KDCI_INLINE void exponentials(Vec<T> (&x)[count]) {
+  put_together<count, T>(split_exp<count, T>(x), x);
+}
+
+/// x = e^2x, for lowest <= 2x <= highest.
+template <int count, typename T>
+KDCI_INLINE void exponentials_of_twice(Vec<T> (&x)[count]) {
+  put_together<count, T>(split_exp_of_twice<count, T>(x), x);
 }
 
 template <typename T>

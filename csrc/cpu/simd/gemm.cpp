@@ -237,32 +237,17 @@ void multiply_turned(const Product<T>& of) {
   }
 }
 
-template <typename T, int... lane>
-inline Vec<T> interleave(
-    Vec<T> even,
-    Vec<T> odd,
-    std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(
-      even, odd, (lane / 2 + lane % 2 * int(lanes<T>))...);
-}
-
-// The first halves of two vectors by turns.
-template <typename T>
-inline Vec<T> interleave(Vec<T> even, Vec<T> odd) {
-  return interleave<T>(
-      even, odd, std::make_integer_sequence<int, int(lanes<T>)>());
-}
-
-// A product of up to side_columns columns, where the rows of A are contiguous.
-template <typename T>
+// A product of up to `most` columns, where the rows of A are contiguous.
+template <int most, typename T>
 void multiply_dots(const Product<T>& of) {
-  constexpr int64_t half = lanes<T> / 2;
+  constexpr int width = smaller(most, side_columns<T>);
+  constexpr int rows_at_once = 2;
   Workspace<T>& packed = workspace<T>;
   for (int64_t k0 = 0; k0 < of.depth; k0 += block_depth<T>) {
     const int64_t depth = smaller(block_depth<T>, of.depth - k0);
     const int64_t padded = (depth + lanes<T> - 1) / lanes<T> * lanes<T>;
     const T* b = of.b + k0 * of.b_row;
-    // By columns, each filled up with zeros.
+    // A vector of each column after the other, filled up with zeros.
     for (int64_t k = 0; k < depth; k += lanes<T>) {
       Vec<T> square[lanes<T>] = {};
       for (int64_t i = 0; i < lanes<T> && k + i < depth; ++i) {
@@ -272,56 +257,40 @@ void multiply_dots(const Product<T>& of) {
         }
       }
       transpose<lanes<T> / 2, T>(square);
-      for (int64_t j = 0; j < of.n; ++j) {
-        store(packed.b + j * padded + k, square[j]);
+#pragma GCC unroll 12
+      for (int j = 0; j < width; ++j) {
+        store(packed.b + k * width + j * lanes<T>, square[j]);
       }
     }
     const bool add = of.accumulate || k0 > 0;
     const bool ends = of.addend != nullptr && k0 + depth == of.depth;
-    for (int64_t i = 0; i < of.m; i += half) {
-      const int64_t rows = smaller(half, of.m - i);
-      const T* a = of.a + i * of.a_row + k0;
-      const bool in_place = rows == half && padded == depth;
-      if (!in_place) {
-        for (int64_t r = 0; r < half; ++r) {
-          for (int64_t k = 0; k < depth; k += lanes<T>) {
-            const Vec<T> values = r < rows
-                ? load_up_to(a + r * of.a_row + k, depth - k, T(0))
-                : Vec<T>{};
-            store(packed.a + r * padded + k, values);
-          }
+    for (int64_t i = 0; i < of.m; i += rows_at_once) {
+      const T* a[rows_at_once];
+      for (int64_t r = 0; r < rows_at_once; ++r) {
+        a[r] = of.a + smaller(i + r, of.m - 1) * of.a_row + k0;
+        for (int64_t k = 0; k < depth && padded > depth; k += lanes<T>) {
+          store(
+              packed.a + r * padded + k, load_up_to(a[r] + k, depth - k, T(0)));
+        }
+        a[r] = padded > depth ? packed.a + r * padded : a[r];
+      }
+      Vec<T> sum[rows_at_once][lanes<T>] = {};
+      for (int64_t k = 0; k < depth; k += lanes<T>) {
+        const Vec<T> a0 = load(a[0] + k);
+        const Vec<T> a1 = load(a[1] + k);
+#pragma GCC unroll 12
+        for (int j = 0; j < width; ++j) {
+          const Vec<T> column =
+              in_register<T>(load(packed.b + k * width + j * lanes<T>));
+          sum[0][j] += a0 * column;
+          sum[1][j] += a1 * column;
         }
       }
-      const T* from = in_place ? a : packed.a;
-      const int64_t stride = in_place ? of.a_row : padded;
-      // Of two columns each, one after the other.
-      Vec<T> pairs[lanes<T>] = {};
-      for (int64_t j = 0; j < of.n; j += 2) {
-        const T* b0 = packed.b + j * padded;
-        const T* b1 = j + 1 < of.n ? b0 + padded : b0;
-        Vec<T> sum[lanes<T>] = {};
-        for (int64_t k = 0; k < depth; k += lanes<T>) {
-          const Vec<T> b0_values = load(b0 + k);
-          const Vec<T> b1_values = load(b1 + k);
-#pragma GCC unroll 8
-          for (int64_t r = 0; r < half; ++r) {
-            const Vec<T> a_values = load(from + r * stride + k);
-            sum[r] += a_values * b0_values;
-            sum[half + r] += a_values * b1_values;
-          }
-        }
-        sum_rows<half, T>(sum);
-        pairs[j / 2] = sum[0];
-      }
-      transpose<half, T>(pairs);
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < rows_at_once && i + r < of.m; ++r) {
+        sum_rows<lanes<T> / 2, T>(sum[r]);
         const int64_t at = (i + r) * of.c_row;
         put<T>(
-            interleave<T>(pairs[r], pairs[half + r]),
-            of.n,
-            of.c + at,
-            add,
-            ends ? of.addend + at : nullptr);
+            sum[r][0], of.n, of.c + at, add, ends ? of.addend + at : nullptr);
       }
     }
   }
@@ -413,6 +382,25 @@ void multiply_tiles(const Product<T>& of) {
 }
 
 template <typename T>
+struct SideKernels {
+  void (*turned)(const Product<T>& product);
+  void (*dots)(const Product<T>& product);
+};
+
+// 10: the classes that most sets of small images have.
+template <typename T>
+SideKernels<T> side_kernels(int64_t columns) {
+  return columns <= 4
+      ? SideKernels<T>{multiply_turned<4, T>, multiply_dots<4, T>}
+      : columns <= 8
+      ? SideKernels<T>{multiply_turned<8, T>, multiply_dots<8, T>}
+      : columns <= 10
+      ? SideKernels<T>{multiply_turned<10, T>, multiply_dots<10, T>}
+      : SideKernels<T>{
+            multiply_turned<most_columns, T>, multiply_dots<most_columns, T>};
+}
+
+template <typename T>
 void multiply(const Product<T>& product) {
   const int64_t last = product.n % lanes<T>;
   const bool narrow = 0 < last && last <= side_columns<T>;
@@ -422,12 +410,7 @@ void multiply(const Product<T>& product) {
     rest.n -= last;
     Product<T> side = product.columns_from(rest.n);
     side.m = product.m / (2 * lanes<T>)*(2 * lanes<T>);
-    // 10: the classes that most sets of small images have.
-    const auto turned = last <= 4 ? multiply_turned<4, T>
-        : last <= 8               ? multiply_turned<8, T>
-        : last <= 10              ? multiply_turned<10, T>
-                                  : multiply_turned<most_columns, T>;
-    turned(side);
+    side_kernels<T>(last).turned(side);
     if (side.m < product.m) {
       multiply_tiles(product.columns_from(rest.n).rows_from(side.m));
     }
@@ -435,7 +418,7 @@ void multiply(const Product<T>& product) {
       narrow && product.a_col == 1 && product.b_col == 1 &&
       product.depth >= least_dot_vectors * lanes<T>) {
     rest.n -= last;
-    multiply_dots(product.columns_from(rest.n));
+    side_kernels<T>(last).dots(product.columns_from(rest.n));
   }
   if (rest.n > 0) {
     multiply_tiles(rest);

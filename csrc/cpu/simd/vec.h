@@ -63,6 +63,16 @@ inline Vec<T> broadcast(T value) {
   return value - Vec<T>{};
 }
 
+/// `value`, loaded once: the compiler otherwise takes it from memory for each
+/// of its uses where an instruction can, and loads become what bounds a loop.
+template <typename T>
+inline Vec<T> in_register(Vec<T> value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 /// The first `count` < lanes values, and `fill` after them.
 template <typename T>
 inline Vec<T> load_first(const T* from, int64_t count, T fill) {
@@ -138,17 +148,18 @@ inline T largest_lane(Vec<T> values) {
   }
 }
 
-/// Whether a value is `limit` or more.
-template <typename T>
-inline bool reaches(Vec<T> values, T limit) {
+/// Whether a whole number is `limit` or more.
+template <typename Word>
+inline bool reaches(Vec<Word> values, Word limit) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    return _mm512_cmp_ps_mask(values, _mm512_set1_ps(limit), _CMP_GE_OQ) != 0;
+  const __m512i numbers = (__m512i)values;
+  if constexpr (sizeof(Word) == 4) {
+    return _mm512_cmpge_epu32_mask(numbers, _mm512_set1_epi32(limit)) != 0;
   } else {
-    return _mm512_cmp_pd_mask(values, _mm512_set1_pd(limit), _CMP_GE_OQ) != 0;
+    return _mm512_cmpge_epu64_mask(numbers, _mm512_set1_epi64(limit)) != 0;
   }
 #else
-  return largest_lane<T>(values) >= limit;
+  return largest_lane<Word>(values) >= limit;
 #endif
 }
 
