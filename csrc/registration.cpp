@@ -46,15 +46,15 @@ STABLE_TORCH_LIBRARY(kdci_ext, m) {
       "bool posterior, float scale, bool dictionary_grad) -> ("
       "Tensor grad_logits, Tensor grad_prototypes, Tensor grad_proportions, "
       "Tensor grad_w_query, Tensor grad_w_key, Tensor grad_w_score)");
-  // On the CPU alone: the gradient of the queries takes their place in `saved`.
+  // On the CPU alone, without the dictionary's: the gradient of the queries
+  // takes their place in `saved`.
   m.def(
       "compensate_backward_("
       "Tensor grad, " // [B, d]
       "Tensor logits, Tensor prototypes, Tensor proportions, "
       "Tensor w_query, Tensor w_key, Tensor w_score, "
-      "Tensor(a!) saved, "
-      "bool posterior, float scale, bool dictionary_grad) -> ("
-      "Tensor grad_logits, Tensor grad_prototypes, Tensor grad_proportions, "
+      "Tensor(a!) saved, bool posterior, float scale) -> ("
+      "Tensor grad_logits, "
       "Tensor grad_w_query, Tensor grad_w_key, Tensor grad_w_score)");
   m.def(
       "compensated_kd_loss("

@@ -58,6 +58,57 @@ def same_device(tensors: dict[str, Tensor]) -> None:
             )
 
 
+def attention(
+    logits_name: str,
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+) -> None:
+    """Check the types, shapes and devices that all attention functions share."""
+    tensors = {
+        logits_name: tensor(logits_name, logits, ("B", "d")),
+        "prototypes": tensor("prototypes", prototypes, ("K", "d")),
+        "proportions": tensor("proportions", proportions, ("K",)),
+        "w_query": tensor("w_query", w_query, ("H", "d")),
+        "w_key": tensor("w_key", w_key, ("H", "d")),
+        "w_score": tensor("w_score", w_score, ("H",)),
+    }
+    for name, value in tensors.items():
+        not_empty(name, value)
+    d, num_prototypes, hidden = logits.shape[1], prototypes.shape[0], w_query.shape[0]
+    columns = f"number of columns of {logits_name}"
+    size("prototypes", prototypes, 1, d, columns)
+    size("proportions", proportions, 0, num_prototypes, "number of prototypes")
+    size("w_query", w_query, 1, d, columns)
+    size("w_key", w_key, 1, d, columns)
+    size("w_key", w_key, 0, hidden, "number of rows of w_query")
+    size("w_score", w_score, 0, hidden, "number of rows of w_query")
+    same_device(tensors)
+
+
+def logits_like(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Check for logits of the shape and device of ones that are known to be logits."""
+    tensor(name, value, ("B", "d"))
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, but must have that of {like_name}, "
+            f"{list(like.shape)}"
+        )
+    same_device({like_name: like, name: value})
+
+
+def constant(name: str, value: Tensor) -> None:
+    """Check for a tensor that no gradients are wanted of."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        raise ValueError(
+            f"{name} requires gradients, but the loss takes it as a constant: compute it under "
+            f"torch.no_grad() or pass {name}.detach()"
+        )
+
+
 def positive_int(name: str, value: object) -> int:
     """Check for an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, _INTEGERS):

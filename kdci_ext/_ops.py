@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kdci_ext import _load
+from kdci_ext import _checks, _load
 from kdci_ext.reference import accumulate_dtype
 
 Grads = tuple[Tensor | None, ...]
@@ -69,7 +69,9 @@ def _fake_compensate(
     posterior: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(logits, prototypes, proportions, w_query, w_key, w_score)
+    tensors = (logits, prototypes, proportions, w_query, w_key, w_score)
+    _checks.attention("logits", *tensors)
+    dtype = accumulate_dtype(*tensors)
     batch, num_prototypes, hidden = logits.shape[0], prototypes.shape[0], w_query.shape[0]
     num_saved = (batch + num_prototypes) * hidden + batch * num_prototypes
     return logits.new_empty(logits.shape), logits.new_empty((num_saved,), dtype=dtype)
@@ -93,6 +95,21 @@ def _fake_compensate_backward(
     )
 
 
+def _fake_compensate_backward_(
+    grad: Tensor,
+    logits: Tensor,
+    prototypes: Tensor,
+    proportions: Tensor,
+    w_query: Tensor,
+    w_key: Tensor,
+    w_score: Tensor,
+    saved: Tensor,
+    posterior: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    return tuple(each.new_empty(each.shape) for each in (logits, w_query, w_key, w_score))
+
+
 def _fake_compensated_kd_loss(
     student: Tensor,
     teacher: Tensor,
@@ -107,10 +124,11 @@ def _fake_compensated_kd_loss(
     need_grad: bool,
     dictionary_grad: bool,
 ) -> tuple[Tensor, ...]:
-    dtype = accumulate_dtype(student, teacher, prototypes, proportions, w_query, w_key, w_score)
-    grads = _fake_grads(
-        student, prototypes, proportions, w_query, w_key, w_score, need_grad, dictionary_grad
-    )
+    prior = (prototypes, proportions, w_query, w_key, w_score)
+    _checks.attention("student", student, *prior)
+    _checks.logits_like("teacher", teacher, "student", student)
+    dtype = accumulate_dtype(student, teacher, *prior)
+    grads = _fake_grads(student, *prior, need_grad, dictionary_grad)
     return (student.new_empty((), dtype=dtype), *grads)
 
 
@@ -140,8 +158,8 @@ def _fake_grads(
 
 
 def _save_compensate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.options = (*inputs[6:], dictionary_grad)
+    ctx.options = inputs[6:]
+    ctx.dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -152,14 +170,12 @@ def _compensate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _compensate_backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
-    return _call_backward(_operators.compensate_backward.default, ctx, grad)
-
-
-def _call_backward(operator: Any, ctx: Any, grad: Tensor | None) -> Grads:
     if grad is None:
         return (None,) * 8
-    grads = operator(grad, *ctx.saved_tensors, *ctx.options)
-    if ctx.options[2]:
+    grads = _operators.compensate_backward.default(
+        grad, *ctx.saved_tensors, *ctx.options, ctx.dictionary_grad
+    )
+    if ctx.dictionary_grad:
         return (*grads, None, None)
     return (grads[0], None, None, *grads[3:], None, None)  # of the dictionary they are empty
 
@@ -228,9 +244,12 @@ class _Compensate(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative, which is refused in time
             return _compensate_backward(ctx, grad)
         with torch._C._AutoDispatchBelowAutograd():
-            if _may_overwrite(grad):
-                return _call_backward(_operators.compensate_backward_.default, ctx, grad)
-            return _compensate_backward(ctx, grad)
+            if ctx.dictionary_grad or not _may_overwrite(grad):
+                return _compensate_backward(ctx, grad)
+            student, *weights = _operators.compensate_backward_.default(
+                grad, *ctx.saved_tensors, *ctx.options
+            )
+            return (student, None, None, *weights, None, None)
 
 
 def _may_overwrite(grad: Tensor | None) -> bool:
@@ -304,7 +323,6 @@ class _FunctionalCompensate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _compensate_context(ctx, inputs, output)
-        ctx.options = (*inputs[6:], True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> Grads:
@@ -312,7 +330,7 @@ class _FunctionalCompensate(torch.autograd.Function):
             return (None,) * 8
         grads = _call(
             *("compensate_backward", _FunctionalBackward, grad, *ctx.saved_tensors),
-            *ctx.options,
+            *(*ctx.options, True),
         )
         return (*grads, None, None)
 
@@ -412,7 +430,7 @@ if _load.native_available():
     _register_fake("kdci_ext::assign_rows", _fake_assign_rows)
     _register_fake("kdci_ext::compensate", _fake_compensate)
     _register_fake("kdci_ext::compensate_backward", _fake_compensate_backward)
-    _register_fake("kdci_ext::compensate_backward_", _fake_compensate_backward)
+    _register_fake("kdci_ext::compensate_backward_", _fake_compensate_backward_)
     _register_fake("kdci_ext::compensated_kd_loss", _fake_compensated_kd_loss)
     torch.library.register_autograd(
         "kdci_ext::compensate", _compensate_backward, setup_context=_compensate_context

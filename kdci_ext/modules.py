@@ -238,9 +238,8 @@ class PriorCompensation(nn.Module):
             torch.Size([32, 10])
         """
         self._check("student_logits", student_logits, dictionary)
-        functional._check_teacher(
-            "teacher_logits", teacher_logits, "student_logits", student_logits
-        )
+        _checks.logits_like("teacher_logits", teacher_logits, "student_logits", student_logits)
+        _checks.constant("teacher_logits", teacher_logits)
         temperature = _checks.finite_float("temperature", temperature, above=0)
         if self.attention != "learned" or self.w_project is not None:
             compensated = self(student_logits, dictionary)

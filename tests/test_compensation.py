@@ -14,6 +14,7 @@ from strategies import (
     max_error,
     term_bounds,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kdci_ext import KDCI, PriorCompensation, build_confounder_dictionary
@@ -484,7 +485,7 @@ def test_opcheck(dtype, requires_grad, weighting):
     arguments = (inputs.logits, *inputs.operands, *saved[1:], *options, True)
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     torch.library.opcheck(operators.compensate_backward.default, detached)
-    torch.library.opcheck(operators.compensate_backward_.default, detached)
+    torch.library.opcheck(operators.compensate_backward_.default, detached[:-1])
 
 
 @pytest.mark.parametrize("function", ["compensate", "loss"])
@@ -620,10 +621,53 @@ def test_ablations(attention, prototypes, proportions):
         ({"w_key": torch.randn(6, 4, device="meta")}, ValueError, "w_key is on meta, but logits"),
     ],
 )
-def test_bad_tensors_are_named(replaced, error, message):
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_tensors_are_named(replaced, error, message, backend):
+    """Whether the operator finds what is wrong or the Python around it."""
     inputs = Attention(**{**vars(make_attention(3, 4, 5, 6)), **replaced})
     with pytest.raises(error, match=message):
-        compensate(*inputs.operands)
+        compensate(*inputs.operands, backend=backend)
+    with pytest.raises(error, match=message.replace("logits", "student")):
+        compensated_kd_loss(*inputs.loss_operands, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        {"logits": torch.randn(0, 4)},
+        {"logits": torch.ones(3, 4, dtype=torch.int64)},
+        {"proportions": torch.ones(5, dtype=torch.bool)},
+        {"w_key": torch.randn(6, 4, dtype=torch.complex64)},
+        {"w_query": torch.randn(6, 3)},
+        {"w_score": torch.randn(5)},
+    ],
+)
+def test_operators_refuse_what_does_not_fit(replaced):
+    """Called directly, with real tensors or fake ones."""
+    inputs = Attention(**{**vars(make_attention(3, 4, 5, 6)), **replaced})
+    operators = torch.ops.kdci_ext
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) for each in inputs.loss_operands]
+    for student, teacher, *prior in (inputs.loss_operands, fakes):
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            operators.compensate(student, *prior, False, 1.0)
+        with pytest.raises((RuntimeError, TypeError, ValueError)):
+            operators.compensated_kd_loss(student, teacher, *prior, 4.0, False, 1.0, True, False)
+
+
+def test_an_objection_without_words_is_passed_on(monkeypatch):
+    """Where the arguments are fine, what went wrong in the operator is not hidden."""
+
+    def fail(*inputs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("kdci_ext._ops.compensate", fail)
+    monkeypatch.setattr("kdci_ext._ops.compensated_kd_loss", fail)
+    inputs = make_attention(3, 4, 5, 6)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compensate(*inputs.operands, backend="native")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compensated_kd_loss(*inputs.loss_operands, backend="native")
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])

@@ -19,6 +19,13 @@ namespace kdci {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+/// Whether the operators take tensors of this type.
+inline bool is_floating(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double ||
+      type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
 /// The type that sums and results are kept in: float64 for float64 input,
 /// float32 for everything narrower.
 inline ScalarType accumulate_type(ScalarType input) {

@@ -9,23 +9,28 @@
 
 namespace kdci {
 
-CompensationTensors::CompensationTensors(
+namespace {
+
+/// The type to compute in, of arguments that fit together.
+ScalarType check(
     const Tensor& logits,
     const Tensor& prototypes,
     const Tensor& proportions,
     const Tensor& w_query,
     const Tensor& w_key,
     const Tensor& w_score,
-    bool teacher_is_double)
-    : dtype(ScalarType::Float) {
+    bool teacher_is_double) {
   bool is_double = teacher_is_double;
   for (const Tensor* tensor :
        {&logits, &prototypes, &proportions, &w_query, &w_key, &w_score}) {
+    STD_TORCH_CHECK(
+        is_floating(*tensor),
+        "all tensors must be float32, float64, bfloat16 or float16");
     is_double |= tensor->scalar_type() == ScalarType::Double;
   }
   STD_TORCH_CHECK(
-      logits.dim() == 2 && logits.size(1) >= 1,
-      "logits must be of shape [B, d]");
+      logits.dim() == 2 && logits.size(0) >= 1 && logits.size(1) >= 1,
+      "logits must be of shape [B, d] and not empty");
   const int64_t d = logits.size(1);
   STD_TORCH_CHECK(
       prototypes.dim() == 2 && prototypes.size(0) >= 1 &&
@@ -45,14 +50,33 @@ CompensationTensors::CompensationTensors(
       w_key.dim() == 2 && w_key.size(0) == w_score.size(0) &&
           w_key.size(1) == d,
       "w_key must be of shape [H, d], H as in w_score");
-  dtype = is_double ? ScalarType::Double : ScalarType::Float;
-  this->logits = as_contiguous(logits, dtype);
-  this->prototypes = as_contiguous(prototypes, dtype);
-  this->proportions = as_contiguous(proportions, dtype);
-  this->w_query = as_contiguous(w_query, dtype);
-  this->w_key = as_contiguous(w_key, dtype);
-  this->w_score = as_contiguous(w_score, dtype);
+  return is_double ? ScalarType::Double : ScalarType::Float;
 }
+
+} // namespace
+
+CompensationTensors::CompensationTensors(
+    const Tensor& logits,
+    const Tensor& prototypes,
+    const Tensor& proportions,
+    const Tensor& w_query,
+    const Tensor& w_key,
+    const Tensor& w_score,
+    bool teacher_is_double)
+    : dtype(check(
+          logits,
+          prototypes,
+          proportions,
+          w_query,
+          w_key,
+          w_score,
+          teacher_is_double)),
+      logits(as_contiguous(logits, dtype)),
+      prototypes(as_contiguous(prototypes, dtype)),
+      proportions(as_contiguous(proportions, dtype)),
+      w_query(as_contiguous(w_query, dtype)),
+      w_key(as_contiguous(w_key, dtype)),
+      w_score(as_contiguous(w_score, dtype)) {}
 
 template <typename T>
 CompensationInputs<T>::CompensationInputs(
@@ -76,16 +100,14 @@ CompensationGrads::CompensationGrads(
     const CompensationTensors& tensors,
     bool dictionary)
     : logits(empty_cpu_like(tensors.logits)),
-      prototypes(
-          dictionary ? empty_cpu_like(tensors.prototypes)
-                     : empty_cpu({0}, tensors.dtype)),
-      proportions(
-          dictionary ? empty_cpu_like(tensors.proportions)
-                     : empty_cpu({0}, tensors.dtype)),
       w_query(empty_cpu_like(tensors.w_query)),
       w_key(empty_cpu_like(tensors.w_key)),
-      w_score(empty_cpu_like(tensors.w_score)),
-      dictionary(dictionary) {}
+      w_score(empty_cpu_like(tensors.w_score)) {
+  if (dictionary) {
+    prototypes = empty_cpu_like(tensors.prototypes);
+    proportions = empty_cpu_like(tensors.proportions);
+  }
+}
 
 // Classes from which on it may pay to compute the keys' transpose.
 constexpr int64_t least_turned_classes = 64;
@@ -275,9 +297,7 @@ void Compensation<T>::backward(
   const int64_t slab = slab_rows();
   T* grad_logits = data<T>(grads.logits);
   const bool in_place = grad_compensated == grad_logits;
-  // Once at least, so that the sums of an empty batch are set.
-  int64_t begin = 0;
-  do {
+  for (int64_t begin = 0; begin < in_.batch; begin += slab) {
     const int64_t end = std::min(begin + slab, in_.batch);
     T* grad_query =
         passes_.overwrite_query ? query + begin * hidden : grad_query_;
@@ -304,7 +324,7 @@ void Compensation<T>::backward(
           grad_score,
           row_sums_ + (first - begin));
     });
-    if (grads.dictionary) {
+    if (grads.prototypes) {
       add_dictionary_grads(
           begin, end - begin, grad_compensated, weights, grads);
     }
@@ -357,8 +377,7 @@ void Compensation<T>::backward(
            nullptr,
            in_place ? nullptr : grad_compensated + first * d});
     });
-    begin += slab;
-  } while (begin < in_.batch);
+  }
   torch::stable::parallel_for(
       0,
       keys_.panels,
@@ -379,7 +398,7 @@ void Compensation<T>::backward(
              d,
              false});
       });
-  if (grads.dictionary) {
+  if (grads.prototypes) {
     finish_dictionary_grads(grads);
   }
 }
@@ -406,10 +425,10 @@ void Compensation<T>::add_dictionary_grads(
              grad_compensated + first * d,
              d,
              1,
-             data<T>(grads.prototypes) + begin * d,
+             data<T>(*grads.prototypes) + begin * d,
              d,
              first > 0});
-        T* score_sums = data<T>(grads.proportions);
+        T* score_sums = data<T>(*grads.proportions);
         for (int64_t i = begin; i < end && in_.posterior; ++i) {
           double sum = first > 0 ? score_sums[i] : 0;
           for (int64_t b = 0; b < rows; ++b) {
@@ -423,8 +442,8 @@ void Compensation<T>::add_dictionary_grads(
 template <typename T>
 void Compensation<T>::finish_dictionary_grads(CompensationGrads& grads) {
   const int64_t d = in_.classes;
-  T* grad_z = data<T>(grads.prototypes);
-  T* grad_proportions = data<T>(grads.proportions);
+  T* grad_z = data<T>(*grads.prototypes);
+  T* grad_proportions = data<T>(*grads.proportions);
   torch::stable::parallel_for(
       0,
       in_.prototypes,
@@ -508,8 +527,8 @@ std::tuple<Tensor, Tensor> compensate(
     const Passes passes = {true, false, false};
     Arena needed;
     Compensation<T>(inputs, needed, passes);
-    const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
-    Arena arena(memory.mutable_data_ptr());
+    ArenaMemory memory(needed.bytes());
+    Arena arena(memory.data());
     Compensation<T> steps(inputs, arena, passes);
     const Saved<T> to(inputs, saved);
     steps.prepare(to.key, true);
@@ -522,7 +541,41 @@ std::tuple<Tensor, Tensor> compensate(
   return {as_type_of(logits, compensated), saved};
 }
 
-template <bool overwrite_query>
+CompensationGrads gradients(
+    const CompensationTensors& tensors,
+    const Tensor& grad,
+    const Tensor& saved,
+    bool posterior,
+    double scale,
+    bool dictionary,
+    bool overwrite_query) {
+  STD_TORCH_CHECK(
+      grad.dim() == 2 && grad.size(0) == tensors.logits.size(0) &&
+          grad.size(1) == tensors.logits.size(1),
+      "grad must be of the shape of logits");
+  STD_TORCH_CHECK(
+      saved.dim() == 1 && saved.size(0) == saved_size(tensors) &&
+          saved.scalar_type() == tensors.dtype && saved.is_contiguous(),
+      "saved must be as compensate returned it");
+  const Tensor grad_compensated = as_contiguous(grad, tensors.dtype);
+  CompensationGrads grads(tensors, dictionary);
+  dispatch_compute_type(tensors.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const CompensationInputs<T> inputs(tensors, posterior, scale);
+    const Passes passes = {false, true, overwrite_query};
+    Arena needed;
+    Compensation<T>(inputs, needed, passes);
+    ArenaMemory memory(needed.bytes());
+    Arena arena(memory.data());
+    Compensation<T> steps(inputs, arena, passes);
+    const Saved<T> from(inputs, saved);
+    steps.prepare(from.key, false);
+    steps.backward(
+        const_data<T>(grad_compensated), from.weights, from.query, grads);
+  });
+  return grads;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     const Tensor& grad,        // [B, d]
     const Tensor& logits,      // [B, d]
@@ -535,32 +588,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
     bool posterior,
     double scale,
     bool dictionary_grad) {
-  const CompensationTensors tensors(
-      logits, prototypes, proportions, w_query, w_key, w_score);
-  STD_TORCH_CHECK(
-      grad.dim() == 2 && grad.size(0) == logits.size(0) &&
-          grad.size(1) == logits.size(1),
-      "grad must be of the shape of logits");
-  STD_TORCH_CHECK(
-      saved.dim() == 1 && saved.size(0) == saved_size(tensors) &&
-          saved.scalar_type() == tensors.dtype && saved.is_contiguous(),
-      "saved must be as compensate returned it");
-  const Tensor grad_compensated = as_contiguous(grad, tensors.dtype);
-  CompensationGrads grads(tensors, dictionary_grad);
-  dispatch_compute_type(tensors.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const CompensationInputs<T> inputs(tensors, posterior, scale);
-    const Passes passes = {false, true, overwrite_query};
-    Arena needed;
-    Compensation<T>(inputs, needed, passes);
-    const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
-    Arena arena(memory.mutable_data_ptr());
-    Compensation<T> steps(inputs, arena, passes);
-    const Saved<T> from(inputs, saved);
-    steps.prepare(from.key, false);
-    steps.backward(
-        const_data<T>(grad_compensated), from.weights, from.query, grads);
-  });
+  const CompensationGrads grads = gradients(
+      {logits, prototypes, proportions, w_query, w_key, w_score},
+      grad,
+      saved,
+      posterior,
+      scale,
+      dictionary_grad,
+      false);
   return {
       as_type_of(logits, grads.logits),
       as_type_of(prototypes, grads.prototypes),
@@ -570,12 +605,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> compensate_backward(
       as_type_of(w_score, grads.w_score)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> compensate_backward_(
+    const Tensor& grad,        // [B, d]
+    const Tensor& logits,      // [B, d]
+    const Tensor& prototypes,  // [K, d]
+    const Tensor& proportions, // [K]
+    const Tensor& w_query,     // [H, d]
+    const Tensor& w_key,       // [H, d]
+    const Tensor& w_score,     // [H]
+    const Tensor& saved,       // [B H + K H + B K]
+    bool posterior,
+    double scale) {
+  const CompensationGrads grads = gradients(
+      {logits, prototypes, proportions, w_query, w_key, w_score},
+      grad,
+      saved,
+      posterior,
+      scale,
+      false,
+      true);
+  return {
+      as_type_of(logits, grads.logits),
+      as_type_of(w_query, grads.w_query),
+      as_type_of(w_key, grads.w_key),
+      as_type_of(w_score, grads.w_score)};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdci_ext, CPU, m) {
   m.impl("compensate", TORCH_BOX(&compensate));
-  m.impl("compensate_backward", TORCH_BOX(&compensate_backward<false>));
-  m.impl("compensate_backward_", TORCH_BOX(&compensate_backward<true>));
+  m.impl("compensate_backward", TORCH_BOX(&compensate_backward));
+  m.impl("compensate_backward_", TORCH_BOX(&compensate_backward_));
 }
 
 } // namespace kdci

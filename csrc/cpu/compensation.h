@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "../common/stable.h"
 #include "arena.h"
@@ -55,18 +56,35 @@ struct CompensationInputs {
   T scale;
 };
 
-/// The gradients of the inputs and their data. Those of the dictionary are
-/// empty, with null data, unless wanted.
+/// The gradients of the inputs, those of the dictionary only if wanted.
 struct CompensationGrads {
   CompensationGrads(const CompensationTensors& tensors, bool dictionary);
 
   Tensor logits;
-  Tensor prototypes;
-  Tensor proportions;
+  std::optional<Tensor> prototypes;
+  std::optional<Tensor> proportions;
   Tensor w_query;
   Tensor w_key;
   Tensor w_score;
-  bool dictionary;
+};
+
+/// Memory for an Arena: on the stack where little is needed, since the smallest
+/// problems feel what the allocator takes.
+class ArenaMemory {
+ public:
+  explicit ArenaMemory(int64_t bytes) {
+    if (bytes > static_cast<int64_t>(sizeof(few_))) {
+      many_ = empty_cpu({bytes}, ScalarType::Byte);
+    }
+  }
+
+  void* data() {
+    return many_ ? many_->mutable_data_ptr() : few_;
+  }
+
+ private:
+  alignas(64) unsigned char few_[32768];
+  std::optional<Tensor> many_;
 };
 
 /// What a Compensation is to be used for.
@@ -164,6 +182,17 @@ inline Tensor as_type_of(const Tensor& like, const Tensor& tensor) {
   return tensor.scalar_type() == like.scalar_type()
       ? tensor
       : torch::stable::to(tensor, like.scalar_type());
+}
+
+/// A gradient that was not wanted: empty, in the type of `like`.
+inline Tensor no_grad_of(const Tensor& like) {
+  return as_type_of(like, empty_cpu({0}, accumulate_type(like.scalar_type())));
+}
+
+inline Tensor as_type_of(
+    const Tensor& like,
+    const std::optional<Tensor>& tensor) {
+  return tensor ? as_type_of(like, *tensor) : no_grad_of(like);
 }
 
 /// Runs body(float()) or body(double()).

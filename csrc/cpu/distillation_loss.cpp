@@ -40,8 +40,8 @@ void compute_loss(
   Arena needed;
   Compensation<T>(inputs, needed, passes);
   LossBuffers<T>(needed, inputs);
-  const Tensor memory = empty_cpu({needed.bytes()}, ScalarType::Byte);
-  Arena arena(memory.mutable_data_ptr());
+  ArenaMemory memory(needed.bytes());
+  Arena arena(memory.data());
   Compensation<T> steps(inputs, arena, passes);
   LossBuffers<T> buffers(arena, inputs);
 
@@ -97,7 +97,6 @@ compensated_kd_loss(
       w_key,
       w_score,
       teacher.scalar_type() == ScalarType::Double);
-  STD_TORCH_CHECK(student.size(0) >= 1, "student must have at least one row");
   STD_TORCH_CHECK(
       teacher.dim() == 2 && teacher.size(0) == student.size(0) &&
           teacher.size(1) == student.size(1),
@@ -119,17 +118,14 @@ compensated_kd_loss(
           data<T>(loss),
           nullptr);
     });
-    const auto none = [](const Tensor& like) {
-      return torch::stable::empty({0}, like.scalar_type());
-    };
     return {
         loss,
-        none(student),
-        none(prototypes),
-        none(proportions),
-        none(w_query),
-        none(w_key),
-        none(w_score)};
+        no_grad_of(student),
+        no_grad_of(prototypes),
+        no_grad_of(proportions),
+        no_grad_of(w_query),
+        no_grad_of(w_key),
+        no_grad_of(w_score)};
   }
 
   CompensationGrads grads(tensors, dictionary_grad);

@@ -47,6 +47,10 @@ void check_tensor(
       tensor.device() == like.device(),
       name,
       " must be on the same CUDA device as the other tensors");
+  STD_TORCH_CHECK(
+      is_floating(tensor),
+      name,
+      " must be float32, float64, bfloat16 or float16");
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t axis = 0;
   for (const int64_t size : shape) {
@@ -241,8 +245,9 @@ void check_attention(
   const int64_t clusters = prototypes.size(0);
   const int64_t hidden = w_query.size(0);
   STD_TORCH_CHECK(
-      d >= 1 && clusters >= 1 && hidden >= 1,
+      logits.size(0) >= 1 && d >= 1 && clusters >= 1 && hidden >= 1,
       "logits, prototypes and w_query must not be empty");
+  check_tensor(logits, "logits", {logits.size(0), d}, logits);
   check_tensor(prototypes, "prototypes", {clusters, d}, logits);
   check_tensor(proportions, "proportions", {clusters}, logits);
   check_tensor(w_query, "w_query", {hidden, d}, logits);
