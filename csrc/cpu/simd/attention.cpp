@@ -748,14 +748,18 @@ struct PanelSpace {
   Vec<T> key_sum[key_block][2];
 };
 
-// Where the gradients of the queries go, for the units of one panel.
+// Where the sums by query go, for the units of one panel: of one block of keys
+// after the other into `sums`, and with the last one into the gradients.
 template <typename T>
 struct QueryGrads {
   T* to; // [rows, H] from the first of the units on, may be e^2query
   int64_t stride;
-  int64_t units; // to be stored, of panel_width
-  Vec<T> w[2];   // w_score
-  T ends[2];     // e^2query at which queries are cut off
+  int64_t units;     // to be stored, of panel_width
+  Vec<T> w[2];       // w_score
+  T ends[2];         // e^2query at which queries are cut off
+  Vec<T> (*sums)[2]; // [rows]
+  bool first_keys;
+  bool last_keys;
 };
 
 // What becomes r = 1 / (1 + e^2a e^2b), or, if not `factored`, tanh(a + b), for
@@ -828,11 +832,12 @@ KDCI_INLINE bool any_cut_off(
 template <typename T>
 KDCI_INLINE void drop_cut_off(
     const T (&ends)[2],
-    const Vec<T> (&query)[2],
+    const T* query,
     Vec<T> (&sum)[2]) {
   for (int v = 0; v < 2; ++v) {
+    const Vec<T> units = load(query + v * lanes<T>);
     const auto cut =
-        ((query[v] <= ends[0]) | (query[v] >= ends[1])) & (sum[v] == sum[v]);
+        ((units <= ends[0]) | (units >= ends[1])) & (sum[v] == sum[v]);
     sum[v] = cut ? Vec<T>{} : sum[v];
   }
 }
@@ -844,18 +849,43 @@ KDCI_INLINE Vec<T> four_times(Vec<T> value) {
   return twice + twice;
 }
 
-// Which of the blocks of keys are at hand: the sums by query are kept from one
-// to the next in query_sum.
-struct KeyBlocks {
-  bool first;
-  bool last;
-};
+// Puts the sums of one query where they go.
+template <typename T>
+__attribute__((noinline)) void put_sums(
+    const QueryGrads<T>& grads,
+    int64_t row,
+    const T* cut_off, // e^2query if it may be cut off, or null
+    Vec<T> sum0,
+    Vec<T> sum1) {
+  Vec<T> sum[2] = {sum0, sum1};
+  Vec<T>(&kept)[2] = grads.sums[row];
+  if (!grads.first_keys) {
+    sum[0] += kept[0];
+    sum[1] += kept[1];
+  }
+  if (!grads.last_keys) {
+    kept[0] = sum[0];
+    kept[1] = sum[1];
+    return;
+  }
+  if (cut_off != nullptr) {
+    drop_cut_off<T>(grads.ends, cut_off, sum);
+  }
+  T* to = grads.to + row * grads.stride;
+  for (int v = 0; v < 2 && grads.units > v * lanes<T>; ++v) {
+    store_up_to(
+        to + v * lanes<T>,
+        grads.units - v * lanes<T>,
+        grads.w[v] * four_times<T>(sum[v]));
+  }
+}
 
 // Adds up queries [begin, end), `rows` at a time, and `count` keys, for the
 // units of one panel: grad_score * (1 - tanh^2) / 4 by query, which make the
 // gradients, and by key, and grad_score * (1 - tanh) / 2, or, if not
 // `factored`, -grad_score * tanh / 2. The latter two are added to what is
-// there. Pointers are to the first of the run's queries, the one of `row`.
+// there. `taken` and `grad_score` begin with the run's queries, the one of
+// `row`.
 template <int rows, bool factored, typename T>
 inline void sweep_rows_of(
     int64_t begin,
@@ -865,34 +895,42 @@ inline void sweep_rows_of(
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
-    KeyBlocks at,
     const QueryGrads<T>& grads,
     int64_t row,
-    Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
   // The chain of operations for a term is so long that the processor's queues
   // would fill up waiting: with AVX-512 a key is begun while the one before it
   // is being finished, and the next queries' first one with the last one.
   constexpr bool ahead = factored && estimates;
-  const bool cut = taken.form == Form::cut_off && at.last;
-  const bool whole = grads.units >= panel_width<T>;
+  const bool cut = taken.form == Form::cut_off;
+  const bool plain =
+      grads.first_keys && grads.last_keys && grads.units >= panel_width<T>;
+  // Copies, which the stores below cannot be taken to change.
+  const int64_t stride = taken.stride;
+  const int64_t to_stride = grads.stride;
+  const Vec<T> w0 = grads.w[0];
+  const Vec<T> w1 = grads.w[1];
+  const T* units = taken.data + begin * stride;
+  const T* last_units = taken.data + (end - rows) * stride;
+  T* to = grads.to + (row + begin) * to_stride;
+  grad_score += begin * grad_stride;
+  row += begin;
   Vec<T> query[rows][2];
   Terms<factored, T> terms[rows];
-  const auto take = [&](int64_t b) KDCI_ALWAYS_INLINE {
+  const auto take = [&](const T* from) KDCI_ALWAYS_INLINE {
 #pragma GCC unroll 2
     for (int r = 0; r < rows; ++r) {
-      const T* units = taken.data + (b + r) * taken.stride;
-      query[r][0] = load(units);
-      query[r][1] = load(units + lanes<T>);
+      query[r][0] = load(from + r * stride);
+      query[r][1] = load(from + r * stride + lanes<T>);
     }
   };
-  take(begin);
+  take(units);
 #pragma GCC unroll 2
   for (int r = 0; r < rows && ahead; ++r) {
     terms[r].start(query[r], keys[0][0], keys[0][1]);
   }
-  for (int64_t b = begin; b < end; b += rows) {
+  for (;;) {
     Vec<T> slope_sum[rows][2] = {};
     Vec<T> value_sum[2] = {};
     const auto handle = [&](int64_t i, int64_t next) KDCI_ALWAYS_INLINE {
@@ -907,7 +945,7 @@ inline void sweep_rows_of(
         if constexpr (ahead) {
           terms[r].start(query[r], keys[next][0], keys[next][1]);
         }
-        const Vec<T> grad = broadcast(grad_score[(b + r) * grad_stride + i]);
+        const Vec<T> grad = broadcast(grad_score[r * grad_stride + i]);
         const Vec<T> term0 = now.finish(0);
         const Vec<T> term1 = now.finish(1);
         // Products with the gradient first, so that the sums are additions,
@@ -940,51 +978,43 @@ inline void sweep_rows_of(
     for (int64_t i = 0; i + 1 < count; ++i) {
       handle(i, i + 1);
     }
-    Vec<T> done[rows][2];
-#pragma GCC unroll 2
-    for (int r = 0; r < rows; ++r) {
-      done[r][0] = query[r][0];
-      done[r][1] = query[r][1];
-    }
+    // Few are, and this takes fewer steps to see.
+    const bool any_cut = cut && any_cut_off<rows, T>(grads.ends, query);
+    const T* next = units == last_units ? units : units + rows * stride;
     if constexpr (ahead) {
-      take(b + rows < end ? b + rows : b);
+      take(next);
       handle(count - 1, 0);
     } else {
       handle(count - 1, 0);
-      take(b + rows < end ? b + rows : b);
+      take(next);
     }
     score[0] += value_sum[0];
     score[1] += value_sum[1];
-    // Few are, and this takes fewer steps to see.
-    const bool any_cut = cut && any_cut_off<rows, T>(grads.ends, done);
+    if (plain && !any_cut) {
 #pragma GCC unroll 2
-    for (int r = 0; r < rows; ++r) {
-      Vec<T>(&sum)[2] = slope_sum[r];
-      Vec<T>(&kept)[2] = query_sum[row + b + r];
-      if (!at.first) {
-        sum[0] += kept[0];
-        sum[1] += kept[1];
+      for (int r = 0; r < rows; ++r) {
+        store(to + r * to_stride, w0 * four_times<T>(slope_sum[r][0]));
+        store(
+            to + r * to_stride + lanes<T>, w1 * four_times<T>(slope_sum[r][1]));
       }
-      if (!at.last) {
-        kept[0] = sum[0];
-        kept[1] = sum[1];
-        continue;
-      }
-      if (any_cut) {
-        drop_cut_off<T>(grads.ends, done[r], sum);
-      }
-      sum[0] = grads.w[0] * four_times<T>(sum[0]);
-      sum[1] = grads.w[1] * four_times<T>(sum[1]);
-      T* to = grads.to + (row + b + r) * grads.stride;
-      if (whole) {
-        store(to, sum[0]);
-        store(to + lanes<T>, sum[1]);
-        continue;
-      }
-      for (int v = 0; v < 2 && grads.units > v * lanes<T>; ++v) {
-        store_up_to(to + v * lanes<T>, grads.units - v * lanes<T>, sum[v]);
+    } else {
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r) {
+        put_sums<T>(
+            grads,
+            row + r,
+            any_cut ? units + r * stride : nullptr,
+            slope_sum[r][0],
+            slope_sum[r][1]);
       }
     }
+    if (units == last_units) {
+      return;
+    }
+    units = next;
+    to += rows * to_stride;
+    grad_score += rows * grad_stride;
+    row += rows;
   }
 }
 
@@ -1015,9 +1045,7 @@ void sweep_run(
     const Vec<T> (*keys)[2],
     const T* grad_score,
     int64_t grad_stride,
-    KeyBlocks at,
     const QueryGrads<T>& grads,
-    Vec<T> (*query_sum)[2],
     Vec<T> (*key_sum)[2],
     Vec<T>* score) {
   const int64_t paired = rows / 2 * 2;
@@ -1030,10 +1058,8 @@ void sweep_run(
         keys,
         grad_score,
         grad_stride,
-        at,
         grads,
         row,
-        query_sum,
         key_sum,
         score);
   };
@@ -1066,8 +1092,15 @@ void sweep_panel(
   const Vec<T> w[2] = {
       keys.score_scale * load(keys.w_score + unit),
       keys.score_scale * load(keys.w_score + unit + lanes<T>)};
-  const QueryGrads<T> grads = {
-      grad_query + unit, keys.hidden, units, {w[0], w[1]}, {ends[0], ends[1]}};
+  QueryGrads<T> grads = {
+      grad_query + unit,
+      keys.hidden,
+      units,
+      {w[0], w[1]},
+      {ends[0], ends[1]},
+      space.query_sum,
+      false,
+      false};
   // Of grad_score * tanh, with the sums that sweep_rows_of makes taken twice.
   Vec<T> score[2] = {};
   Vec<T> rest_lanes = {};
@@ -1114,6 +1147,8 @@ void sweep_panel(
         }
       }
     }
+    grads.first_keys = i == 0;
+    grads.last_keys = i + count == keys.count;
     for (int64_t b = 0, end; b < rows; b = end) {
       const Activations<T>& taken = space.blocks[b / attention_block];
       end = end_of_run(space.blocks, b, rows);
@@ -1127,9 +1162,7 @@ void sweep_panel(
                                   factored ? space.exponentials : space.key,
                                   grad_score + b * keys.count + i,
                                   keys.count,
-                                  {i == 0, i + count == keys.count},
                                   grads,
-                                  space.query_sum,
                                   space.key_sum,
                                   score);
     }
