@@ -159,7 +159,8 @@ def _fake_grads(
 
 def _save_compensate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options = inputs[6:]
-    ctx.dictionary_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    needs_grad = ctx.needs_input_grad
+    ctx.dictionary_grad = needs_grad[1] or needs_grad[2]
     ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.set_materialize_grads(False)
 

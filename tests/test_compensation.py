@@ -254,7 +254,8 @@ def test_rows_of_unlike_scale(weighting, keys, queries):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(150, 10, 8, 64), (150, 40, 9, 33), (300, 100, 70, 40), (20, 12, 600, 48)]
+    "sizes",
+    [(150, 10, 8, 64), (37, 10, 8, 64), (150, 40, 9, 33), (300, 100, 70, 40), (20, 12, 600, 48)],
 )
 def test_ends_of_the_kernels_blocks(sizes):
     """Several slabs of rows, blocks of keys and panels of units, whole ones and ends."""

@@ -44,6 +44,25 @@ inline T sum_lanes(Vec<T> values) {
   return sum_segments<int(lanes<T>), T>(values)[0];
 }
 
+template <int size, typename T, int... lane>
+inline Vec<T> add_other_halves(
+    Vec<T> values,
+    std::integer_sequence<int, lane...>) {
+  return values +
+      __builtin_shufflevector(values, values, (lane ^ (size / 2))...);
+}
+
+/// The sums of segments of `size` lanes, in all of their lanes.
+template <int size, typename T>
+inline Vec<T> sum_within(Vec<T> values) {
+  if constexpr (size == 1) {
+    return values;
+  } else {
+    return sum_within<size / 2, T>(add_other_halves<size, T>(
+        values, std::make_integer_sequence<int, int(lanes<T>)>()));
+  }
+}
+
 /// The sums of four vectors.
 template <typename T>
 inline void sum_lanes_of_four(const Vec<T>* values, T* sums) {
