@@ -257,6 +257,7 @@ def train_in_process(rank: int, world_size: int, folder: str) -> None:
             module(images[share], teacher[share], d).backward()
             optimizer.step()
         torch.save(module.module.state_dict(), Path(folder) / f"{rank}.pt")
+        torch.distributed.barrier()  # a group that one rank takes down may abort the other
     finally:
         torch.distributed.destroy_process_group()
 
