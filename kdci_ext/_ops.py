@@ -24,6 +24,16 @@ Grads = tuple[Tensor | None, ...]
 _operators = torch.ops.kdci_ext
 
 
+def _direct(name: str) -> Any:
+    """Return an operator without the Python around it, or None where the library is not loaded."""
+    return getattr(_operators, name).default._op if _load.native_available() else None
+
+
+_direct_compensate = _direct("compensate")
+_direct_compensate_backward_ = _direct("compensate_backward_")
+_direct_compensated_kd_loss = _direct("compensated_kd_loss")
+
+
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -236,7 +246,7 @@ class _Compensate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = _operators.compensate.default(*inputs)
+            output = _direct_compensate(*inputs)
         _save_compensate(ctx, inputs, output)
         return output[0]  # type: ignore[no-any-return]
 
@@ -247,9 +257,7 @@ class _Compensate(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             if ctx.dictionary_grad or not _may_overwrite(grad):
                 return _compensate_backward(ctx, grad)
-            student, *weights = _operators.compensate_backward_.default(
-                grad, *ctx.saved_tensors, *ctx.options
-            )
+            student, *weights = _direct_compensate_backward_(grad, *ctx.saved_tensors, *ctx.options)
             return (student, None, None, *weights, None, None)
 
 
@@ -268,7 +276,7 @@ class _CompensatedKDLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = _operators.compensated_kd_loss.default(*inputs)
+            output = _direct_compensated_kd_loss(*inputs)
         _save_kd_loss(ctx, inputs, output)
         return output[0]  # type: ignore[no-any-return]
 
@@ -388,7 +396,7 @@ def compensate(*inputs: Any) -> Tensor:
         if torch.is_grad_enabled():
             return _apply_compensate(*inputs)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
-            return _operators.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
+            return _direct_compensate(*inputs)[0]  # type: ignore[no-any-return]
     return _operators.compensate.default(*inputs)[0]  # type: ignore[no-any-return]
 
 
@@ -408,7 +416,7 @@ def compensated_kd_loss(*inputs: Any) -> Tensor:
         if need_grad:
             return _apply_kd_loss(*inputs, need_grad, dictionary_grad)  # type: ignore[no-any-return]
         with torch._C._AutoDispatchBelowAutograd():
-            loss = _operators.compensated_kd_loss.default(*inputs, False, False)
+            loss = _direct_compensated_kd_loss(*inputs, False, False)
         return loss[0]  # type: ignore[no-any-return]
     loss = _operators.compensated_kd_loss.default(*inputs, need_grad, dictionary_grad)
     return loss[0]  # type: ignore[no-any-return]

@@ -28,6 +28,7 @@ Attended = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Those with the teacher's logits after the student's.
 Distilled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
+_CPU = torch.device("cpu")
 _warned_devices: set[str] = set()
 
 
@@ -35,6 +36,8 @@ def _why_not_native(device: torch.device) -> str | None:
     """Say why there is no native kernel for ``device``, or None where there is one."""
     if not _load.native_available():
         return f"the native library is not loaded ({_load.load_error})"
+    if device == _CPU:  # in a tenth of the time that its type takes
+        return None
     if device.type == "cpu" or (device.type == "cuda" and _load.build_info()["cuda"]):
         return None
     if device.type == "cuda":
