@@ -225,13 +225,6 @@ KDCI_INLINE void exponentials_of_twice(Vec<T> (&x)[count]) {
   exponentials<count, T>(x);
 }
 
-template <typename T>
-inline Vec<T> exponential(Vec<T> x) {
-  Vec<T> values[1] = {x};
-  exponentials<1, T>(values);
-  return values[0];
-}
-
 /// For softmax: any x <= 0.
 template <int count, typename T>
 KDCI_INLINE void exponentials_or_zero(Vec<T> (&x)[count]) {
