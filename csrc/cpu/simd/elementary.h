@@ -195,8 +195,8 @@ KDCI_INLINE void exponentials_of_twice_by_table(Vec<float> (&x)[count]) {
     // The low bits of `shifted` hold n, of which the lowest four are an index.
     const auto bits = (BitsVec<float>)shifted[i];
     const auto exponent = (bits << 19) & 0xff800000;
-    const auto fraction =
-        (BitsVec<float>)_mm512_permutexvar_ps((__m512i)bits, (__m512)powers);
+    const auto fraction = (BitsVec<float>)_mm512_maskz_permutexvar_ps(
+        0xffff, (__m512i)bits, (__m512)powers);
     power[i] = (Vec<float>)(fraction + exponent);
   }
 #pragma GCC unroll 4
