@@ -520,11 +520,22 @@ def test_gradients_that_are_not_asked_for_are_empty(emulation):
     assert [tuple(grad.shape) for grad in with_grad[2:4]] == [(0,), (0,)]
 
 
-def test_an_empty_batch_has_zero_gradients(emulation):
-    inputs = make_attention(0, 5, 4, 3).to(torch.float32)
-    compensated, grads = run_compensate(emulation.ops, inputs, torch.empty(0, 5), False, 1.0)
-    assert compensated.shape == (0, 5)
-    assert all(float(grad.abs().sum()) == 0.0 for grad in grads)
+@pytest.mark.parametrize(
+    ("logits", "objection"),
+    [
+        (torch.empty(0, 5), "must not be empty"),
+        (torch.ones(6, 5, dtype=torch.int64), "logits must be float32"),
+        (torch.ones(6, 4), "prototypes does not have the expected shape"),
+    ],
+)
+def test_attention_refuses_what_does_not_fit(emulation, logits, objection):
+    _, *prior = make_attention(6, 5, 4, 3).to(torch.float32).operands
+    with pytest.raises(RuntimeError, match=objection):
+        emulation.ops.compensate(logits, *prior, False, 1.0)
+    with pytest.raises(RuntimeError, match=objection):
+        emulation.ops.compensated_kd_loss(
+            logits, torch.zeros(logits.shape), *prior, 4.0, False, 1.0, True, False
+        )
 
 
 def test_inputs_of_mixed_types(emulation):
